@@ -1,0 +1,203 @@
+"""The message contract: what a request and its result look like, the same on both sides of the queue.
+
+A request is validated once where it is made and once more where it is run, by the same model. The version of the
+contract travels with every message of our own client; a message without it is taken to be of the current version.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from shared.errors import BadRequest
+
+CONTRACT_VERSION = 1
+TASK_NAME = "muai.infer"
+
+
+class EngineName(StrEnum):
+    """The engines of the fleet. Each has a queue of the same name."""
+
+    VLLM = "vllm"
+    DEEPSPEED = "deepspeed"
+    ONNX = "onnx"
+    PYTORCH = "pytorch"
+    FAKE = "fake"
+
+
+class Kind(StrEnum):
+    """What is asked of a model."""
+
+    GENERATE = "generate"
+    CHAT = "chat"
+    EMBED = "embed"
+    CLASSIFY = "classify"
+    RERANK = "rerank"
+    SUMMARIZE = "summarize"
+    TRANSLATE = "translate"
+
+
+class Priority(StrEnum):
+    """Named levels over the broker's priority steps; ``wire`` is the number on the message (0 is served first)."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+    @property
+    def wire(self) -> int:
+        """The broker's number for this level."""
+        return _WIRE_PRIORITY[self]
+
+
+_WIRE_PRIORITY = {Priority.HIGH: 0, Priority.NORMAL: 3, Priority.LOW: 6}
+
+
+class Value(BaseModel):
+    """Base of every message value: immutable, and unknown fields are an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ChatMessage(Value):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class SamplingParams(Value):
+    """How tokens are chosen. ``temperature=0`` is greedy decoding."""
+
+    max_tokens: Annotated[int, Field(ge=1, le=131072)] = 64
+    temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(default=(), max_length=16)
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    ignore_eos: bool = False
+
+
+def _as_tuple(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+class Inputs(Value):
+    """What a request works on. Which field is needed depends on the request's kind."""
+
+    prompt: str | None = None
+    messages: tuple[ChatMessage, ...] | None = None
+    texts: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] | None = None
+    query: str | None = None
+
+    def characters(self) -> int:
+        """How many characters the inputs hold: what a size can be estimated from without a tokenizer."""
+        total = len(self.prompt or "") + len(self.query or "")
+        total += sum(len(message.content) for message in self.messages or ())
+        return total + sum(len(text) for text in self.texts or ())
+
+
+_NEEDED_INPUT: dict[Kind, str] = {
+    Kind.GENERATE: "prompt",
+    Kind.CHAT: "messages",
+    Kind.EMBED: "texts",
+    Kind.CLASSIFY: "texts",
+    Kind.RERANK: "texts",
+    Kind.SUMMARIZE: "texts",
+    Kind.TRANSLATE: "texts",
+}
+
+
+class InferenceRequest(Value):
+    """One request to one model.
+
+    ``id`` is also the Celery task id and the idempotency key. ``deadline`` is in seconds since the epoch; after it the
+    request is no longer worth answering. ``engine_preference`` overrides the fleet's order for this request.
+    """
+
+    id: Annotated[str, Field(min_length=1, max_length=128)] = Field(default_factory=lambda: str(uuid.uuid4()))
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    kind: Kind = Kind.GENERATE
+    inputs: Inputs
+    params: SamplingParams = SamplingParams()
+    engine_preference: Annotated[tuple[EngineName, ...], BeforeValidator(_as_tuple)] | None = None
+    conversation_id: Annotated[str, Field(max_length=256)] | None = None
+    priority: Priority = Priority.NORMAL
+    deadline: float | None = None
+    tenant: Annotated[str, Field(min_length=1, max_length=128)] = "default"
+    stream: bool = False
+
+    @model_validator(mode="after")
+    def _inputs_fit_kind(self) -> Self:
+        needed = _NEEDED_INPUT[self.kind]
+        value = getattr(self.inputs, needed)
+        if value is None:
+            raise ValueError(f"a {self.kind} request needs inputs.{needed}")
+        if len(value) == 0:
+            raise ValueError(f"inputs.{needed} is empty")
+        if self.kind is Kind.RERANK and not self.inputs.query:
+            raise ValueError("a rerank request needs inputs.query")
+        return self
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> InferenceRequest:
+        """Validate ``data``; raise :class:`BadRequest` with one line that names each wrong field, never its value."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise BadRequest(explain(error)) from None
+
+    def expired(self, now: float | None = None) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and (time.time() if now is None else now) >= self.deadline
+
+
+class Hop(Value):
+    """One engine that was tried and failed: it travels in the message headers."""
+
+    engine: EngineName
+    error: str
+    time: float
+
+
+class Usage(Value):
+    """Tokens read and written."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class InferenceResult(Value):
+    """The answer to a request. A failure is never a result: it is an exception.
+
+    ``latency_ms`` runs from the submission (from the claim, where the sender gave no time) to the outcome.
+    ``metadata`` holds ``model``, ``worker``, ``timing`` (ms: queued, batched, prefill, decode), ``usage`` (tokens) and
+    ``hops`` (the engines that failed before this one).
+    """
+
+    outputs: dict[str, Any]
+    engine_used: EngineName
+    latency_ms: float
+    batch_size: int
+    cache_hit: bool = False
+    metadata: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The generated text of a generate or chat request."""
+        return str(self.outputs["text"])
+
+
+def explain(error: ValidationError, root: str = "") -> str:
+    """A validation error as one line: ``field: what is wrong``, joined by ``; ``. Values are left out on purpose."""
+    parts = []
+    for item in error.errors(include_url=False, include_input=False, include_context=False):
+        where = ".".join(str(part) for part in ((root,) if root else ()) + item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        parts.append(f"{where}: {message}" if where else message)
+    return "; ".join(parts)

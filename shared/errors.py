@@ -1,0 +1,99 @@
+"""Every error this project raises. This module imports nothing.
+
+What may be done about an error is an attribute of its class: ``hops`` says whether another engine may be tried with the
+same request. The docstring of a class is its default message.
+"""
+
+
+class FleetError(Exception):
+    """Something in the fleet went wrong."""
+
+    hops = False
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or (type(self).__doc__ or type(self).__name__).strip().splitlines()[0])
+
+    @property
+    def message(self) -> str:
+        """The text a caller is shown."""
+        return str(self.args[0])
+
+
+class ConfigurationError(FleetError):
+    """The configuration is not valid."""
+
+
+class MissingDependency(FleetError):
+    """A library that this feature needs is not installed."""
+
+
+class BrokerUnavailable(FleetError):
+    """The broker cannot be reached."""
+
+
+# --- the caller's errors: no other engine would answer differently -----------------------------------------------------
+
+
+class BadRequest(FleetError):
+    """The request is not valid."""
+
+
+class PayloadTooLarge(BadRequest):
+    """The request is larger than this fleet accepts."""
+
+
+class UndecodableMessage(BadRequest):
+    """A message on the queue could not be decoded."""
+
+
+class UnknownModel(BadRequest):
+    """No such model is declared."""
+
+
+class UnsupportedKind(BadRequest):
+    """The model does not serve this kind of request."""
+
+
+class ContextTooLong(BadRequest):
+    """The prompt does not fit the model's context."""
+
+
+class NoEngineAvailable(FleetError):
+    """No live worker can serve this request."""
+
+
+# --- how a request can end without a result ---------------------------------------------------------------------------
+
+
+class DeadlineExceeded(FleetError):
+    """The request's deadline passed before it was answered."""
+
+
+class Cancelled(FleetError):
+    """The request was cancelled."""
+
+
+class DeadLettered(FleetError):
+    """The request was given up and put into the dead-letter queue."""
+
+
+# --- the engine's errors: another engine may be tried -----------------------------------------------------------------
+
+
+class EngineError(FleetError):
+    """The engine failed to run the request."""
+
+    hops = True
+
+
+class EngineLoadError(EngineError):
+    """The engine could not load the model."""
+
+
+class EngineOutOfMemory(EngineError):
+    """The engine ran out of memory."""
+
+
+def describe(error: BaseException) -> str:
+    """One line for a person: the error's class and message."""
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,307 @@
+"""The configuration: its shape, its defaults and its bounds. No other module reads files or the environment for it.
+
+The sections, names and defaults are those of ``docs/configuration.md``. Loading is in :mod:`shared.settings_loader`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from shared.contract import EngineName, Kind
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Percent = Annotated[float, Field(ge=0.0, le=100.0)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Positive = Annotated[int, Field(ge=1)]
+PositiveSeconds = Annotated[float, Field(gt=0.0)]
+Dtype = Literal["auto", "float16", "bfloat16", "float32", "fp16", "bf16", "fp32"]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+# --- optimization -------------------------------------------------------------------------------------------------------
+
+
+class VLLMSettings(Section):
+    """The vLLM engine."""
+
+    enabled: bool = Field(True, description="Whether workers may serve the vllm queue.")
+    tensor_parallel_size: Positive = Field(1, description="GPUs that share one model's layers.")
+    dtype: Dtype = Field("auto", description="Number format of the weights.")
+    max_model_len: Positive | None = Field(None, description="Longest sequence in tokens; null is the model's own.")
+    gpu_memory_utilization: Fraction = Field(0.9, description="Share of the GPU's memory vLLM may take.")
+    swap_space: Annotated[int, Field(ge=0)] = Field(4, description="CPU memory in GB for swapped-out KV blocks.")
+
+
+class DeepSpeedSettings(Section):
+    """The DeepSpeed engine."""
+
+    enabled: bool = Field(True, description="Whether workers may serve the deepspeed queue.")
+    tensor_parallel: Positive = Field(1, description="GPUs that share one model's layers.")
+    pipeline_parallel: Positive = Field(1, description="GPUs that hold one model's stages.")
+    dtype: Dtype = Field("fp16", description="Number format of the weights.")
+    replace_with_kernel_inject: bool = Field(True, description="Use DeepSpeed's own kernels where it has them.")
+
+
+class OnnxSettings(Section):
+    """The ONNX Runtime engine."""
+
+    enabled: bool = Field(True, description="Whether workers may serve the onnx queue.")
+    execution_providers: tuple[
+        Literal[
+            "CUDAExecutionProvider",
+            "TensorrtExecutionProvider",
+            "CPUExecutionProvider",
+            "OpenVINOExecutionProvider",
+        ],
+        ...,
+    ] = Field(
+        ("CUDAExecutionProvider", "CPUExecutionProvider"),
+        min_length=1,
+        description="Execution providers in the order they are tried; those that are not installed are passed over.",
+    )
+    optimization_level: Literal["none", "basic", "extended", "all"] = Field(
+        "all", description="How far ONNX Runtime may rewrite the graph."
+    )
+    enable_quantization: bool = Field(False, description="Quantise the weights to 8 bits when converting.")
+    validation_tolerance: Annotated[float, Field(gt=0.0)] = Field(
+        1e-3, description="Largest difference between converted and original outputs at which a conversion may serve."
+    )
+
+
+class PyTorchSettings(Section):
+    """The PyTorch engine."""
+
+    enabled: bool = Field(True, description="Whether workers may serve the pytorch queue.")
+    dtype: Dtype = Field("auto", description="Number format of the weights; auto is float32 on a CPU.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+
+
+class FakeSettings(Section):
+    """The fake engine: deterministic answers without a model, for tests and benchmarks of the queue path."""
+
+    enabled: bool = Field(True, description="Whether workers may serve the fake queue.")
+    latency_ms: Annotated[float, Field(ge=0.0)] = Field(0.0, description="How long a batch takes.")
+    per_item_ms: Annotated[float, Field(ge=0.0)] = Field(0.0, description="How much longer for each member.")
+
+
+class BatcherSettings(Section):
+    """Micro-batching."""
+
+    enabled: bool = Field(True, description="Off: every request runs by itself.")
+    max_batch_size: Positive = Field(32, description="Most requests in a batch.")
+    batch_timeout_ms: Annotated[float, Field(ge=0.0)] = Field(50, description="Longest wait for a batch to fill.")
+    adaptive_batching: bool = Field(True, description="Run a partial batch at once when waiting cannot pay.")
+    min_batch_size: Positive = Field(1, description="A batch smaller than this waits for its timeout.")
+    max_batch_tokens: Positive = Field(65536, description="Most tokens in a batch, prompts and completions together.")
+    length_buckets: tuple[Positive, ...] = Field(
+        (256, 1024, 4096), description="Prompt lengths in tokens at which requests go into separate batches."
+    )
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if self.min_batch_size > self.max_batch_size:
+            raise ValueError(f"min_batch_size ({self.min_batch_size}) is above max_batch_size ({self.max_batch_size})")
+        if list(self.length_buckets) != sorted(set(self.length_buckets)):
+            raise ValueError("length_buckets must rise")
+        return self
+
+
+class CacheSettings(Section):
+    """The KV cache."""
+
+    enabled: bool = Field(True, description="Reuse key-value pairs between the turns of a conversation.")
+    max_memory_mb: Positive = Field(4096, description="Most memory it may take, in MB.")
+    eviction_policy: Literal["lru", "fifo"] = Field("lru", description="Which entry goes first.")
+
+
+class TunerSettings(Section):
+    """Automatic tuning."""
+
+    enabled: bool = Field(False, description="Let the fleet change its own parameters.")
+    observation_window_seconds: Positive = Field(300, description="How far back it looks.")
+    tuning_interval_seconds: Positive = Field(60, description="How often it decides.")
+    enable_batch_size_tuning: bool = Field(True, description="May change the batch size.")
+    enable_timeout_tuning: bool = Field(True, description="May change the batch timeout.")
+    enable_cache_size_tuning: bool = Field(True, description="May change the cache size.")
+
+
+class OptimizationSettings(Section):
+    """Engines, batching, cache and tuning."""
+
+    enabled: bool = Field(True, description="Off: only the PyTorch engine serves.")
+    engine_preference: tuple[EngineName, ...] = Field(
+        (EngineName.VLLM, EngineName.DEEPSPEED, EngineName.ONNX, EngineName.PYTORCH),
+        min_length=1,
+        description="Order in which engines are tried.",
+    )
+    fallback_on_error: bool = Field(True, description="Off: an engine's error goes to the caller.")
+    vllm: VLLMSettings = VLLMSettings()
+    deepspeed: DeepSpeedSettings = DeepSpeedSettings()
+    onnx: OnnxSettings = OnnxSettings()
+    pytorch: PyTorchSettings = PyTorchSettings()
+    fake: FakeSettings = FakeSettings()
+    batcher: BatcherSettings = BatcherSettings()
+    cache: CacheSettings = CacheSettings()
+    tuner: TunerSettings = TunerSettings()
+
+    @model_validator(mode="after")
+    def _no_engine_twice(self) -> Self:
+        if len(set(self.engine_preference)) != len(self.engine_preference):
+            raise ValueError("engine_preference names an engine twice")
+        return self
+
+    def engine_enabled(self, engine: EngineName) -> bool:
+        """Whether the configuration lets ``engine`` serve."""
+        if not self.enabled and engine not in (EngineName.PYTORCH, EngineName.FAKE):
+            return False
+        return bool(getattr(self, engine).enabled)
+
+
+# --- monitoring ---------------------------------------------------------------------------------------------------------
+
+
+class PrometheusSettings(Section):
+    """The metrics endpoint."""
+
+    enabled: bool = Field(True, description="Serve metrics.")
+    port: Port = Field(9090, description="Port; the next free one where it is taken.")
+    host: str = Field("127.0.0.1", description="Address to bind to.")
+    path: str = Field("/metrics", pattern="^/", description="Path of the endpoint.")
+
+
+class TracingSettings(Section):
+    """OpenTelemetry traces."""
+
+    enabled: bool = Field(True, description="Record traces.")
+    endpoint: str = Field("http://localhost:4317", description="OTLP collector.")
+    sample_rate: Fraction = Field(1.0, description="Share of the requests traced.")
+    service_name: str = Field("muai-orchestration", description="Name of the service in traces.")
+    export_timeout_ms: Positive = Field(30000, description="Longest wait for the collector.")
+
+
+class AnomalySettings(Section):
+    """Anomaly detection and alerts."""
+
+    enabled: bool = Field(True, description="Look for anomalies.")
+    latency_threshold_ms: Annotated[float, Field(gt=0.0)] = Field(1000.0, description="Latency that raises an alert.")
+    error_rate_threshold: Fraction = Field(0.05, description="Error rate that raises an alert.")
+    memory_threshold_percent: Percent = Field(90.0, description="Memory use that raises an alert.")
+    throughput_threshold_rps: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Requests/s under which to alert.")
+    alert_rate_limit_seconds: Annotated[int, Field(ge=0)] = Field(300, description="Least time between alike alerts.")
+    alert_destinations: tuple[Literal["log", "webhook", "alertmanager"], ...] = Field(
+        ("log",), description="Where alerts go."
+    )
+    webhook_url: str | None = Field(None, description="Needed when webhook is a destination.")
+
+    @model_validator(mode="after")
+    def _webhook_has_url(self) -> Self:
+        if "webhook" in self.alert_destinations and not self.webhook_url:
+            raise ValueError("alert_destinations names webhook, but webhook_url is not set")
+        return self
+
+
+class ServerSettings(Section):
+    """The long-running server: gateway address, preloading, shutdown."""
+
+    enabled: bool = Field(False, description="Run the HTTP gateway.")
+    host: str = Field("127.0.0.1", description="Address to bind to.")
+    port: Port = Field(8000, description="Port.")
+    queue_capacity: Positive = Field(100, description="Most requests that may wait.")
+    preload_models: tuple[str, ...] = Field((), description="Models that workers load before they take requests.")
+    graceful_shutdown_timeout: Annotated[float, Field(ge=0.0)] = Field(
+        30, description="Seconds a stopping worker may take to finish what runs."
+    )
+    health_check_path: str = Field("/health", pattern="^/", description="Health endpoint.")
+    readiness_check_path: str = Field("/ready", pattern="^/", description="Readiness endpoint.")
+
+
+class MonitoringSettings(Section):
+    """Metrics, traces, alerts and the server."""
+
+    enabled: bool = Field(True, description="Off: none of these run.")
+    prometheus: PrometheusSettings = PrometheusSettings()
+    tracing: TracingSettings = TracingSettings()
+    anomaly: AnomalySettings = AnomalySettings()
+    server: ServerSettings = ServerSettings()
+
+
+# --- models -------------------------------------------------------------------------------------------------------------
+
+
+class ModelSpec(Section):
+    """One model that the fleet serves."""
+
+    name: str = Field("", description="Filled in from the catalogue's key.")
+    path: str = Field(min_length=1, description="Folder with the weights (relative to the file), or a hub id.")
+    kinds: tuple[Kind, ...] = Field((Kind.GENERATE, Kind.CHAT), min_length=1, description="What it can be asked.")
+    engines: tuple[EngineName, ...] | None = Field(None, description="Engines that may serve it; null is all.")
+    pooling: Literal["mean", "cls", "last"] = Field("mean", description="How token vectors become one embedding.")
+    normalize: bool = Field(True, description="Scale embeddings to length one.")
+    max_length: Positive | None = Field(None, description="Longest sequence in tokens; null is the model's own.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+    options: dict[EngineName, dict[str, Any]] = Field({}, description="Further options, an entry per engine.")
+
+    def served_by(self, engine: EngineName) -> bool:
+        """Whether this model may be served by ``engine``."""
+        return self.engines is None or engine in self.engines
+
+
+class ModelsSettings(Section):
+    """The models and how many stay in memory."""
+
+    cache_dir: str = Field("./models", description="Where converted models are kept.")
+    max_cached: Positive = Field(3, description="Most models a worker keeps in memory; the least recently used goes.")
+    catalog: dict[str, ModelSpec] = Field({}, description="The models by name.")
+
+    @model_validator(mode="after")
+    def _names_from_keys(self) -> Self:
+        named = {name: spec.model_copy(update={"name": name}) for name, spec in self.catalog.items()}
+        object.__setattr__(self, "catalog", named)
+        return self
+
+
+# --- fleet --------------------------------------------------------------------------------------------------------------
+
+
+class FleetSettings(Section):
+    """The broker and the delivery rules."""
+
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="The broker. REDIS_URL is read too.")
+    lease_seconds: PositiveSeconds = Field(30.0, description="How long a request stays with a silent worker.")
+    sweep_seconds: PositiveSeconds = Field(2.0, description="How often expired leases are looked for.")
+    max_deliveries: Positive = Field(3, description="Deliveries after which a request is dead-lettered.")
+    heartbeat_seconds: PositiveSeconds = Field(2.0, description="How often a worker announces itself.")
+    result_expires_seconds: Positive = Field(3600, description="How long a result can be read.")
+    max_payload_bytes: Positive = Field(4 * 1024 * 1024, description="Largest request accepted.")
+    dead_letter_capacity: Positive = Field(10_000, description="Most dead letters kept; the oldest go.")
+    connect_timeout_seconds: PositiveSeconds = Field(1.0, description="Longest wait for a connection to the broker.")
+    socket_timeout_seconds: PositiveSeconds = Field(5.0, description="Longest wait for the broker's answer.")
+    send_events: bool = Field(True, description="Publish Celery's task events (Flower, celery-exporter).")
+
+    @property
+    def silent_after_seconds(self) -> float:
+        """A worker that has not announced itself for this long is taken to be gone."""
+        return min(8.0, 4 * self.heartbeat_seconds) if self.heartbeat_seconds <= 2 else 4 * self.heartbeat_seconds
+
+
+class Settings(Section):
+    """Everything that can be configured."""
+
+    optimization: OptimizationSettings = OptimizationSettings()
+    monitoring: MonitoringSettings = MonitoringSettings()
+    models: ModelsSettings = ModelsSettings()
+    fleet: FleetSettings = FleetSettings()
+
+    @model_validator(mode="after")
+    def _preloaded_models_are_declared(self) -> Self:
+        for name in self.monitoring.server.preload_models:
+            if name not in self.models.catalog:
+                raise ValueError(f"monitoring.server.preload_models names {name!r}, which models.catalog does not declare")
+        return self
