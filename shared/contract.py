@@ -152,6 +152,11 @@ class InferenceRequest(Value):
         except ValidationError as error:
             raise BadRequest(explain(error)) from None
 
+    @property
+    def generates(self) -> bool:
+        """Whether the answer is written token by token."""
+        return self.kind not in (Kind.EMBED, Kind.CLASSIFY, Kind.RERANK)
+
     def expired(self, now: float | None = None) -> bool:
         """Whether the deadline has passed."""
         return self.deadline is not None and (time.time() if now is None else now) >= self.deadline

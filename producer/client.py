@@ -1,0 +1,269 @@
+"""Submit requests and wait for their results."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import orjson
+
+from producer.handle import Handle
+from producer.records import Outcome, RequestStatus, read, status_of
+from producer.replies import ReplyReader
+from shared import keys, wire
+from shared.broker import broker_errors, connect, lua
+from shared.contract import EngineName, InferenceRequest, InferenceResult
+from shared.errors import Cancelled, FleetError
+from shared.registry import WorkerInfo, WorkerRegistry
+from shared.routing import choose
+from shared.settings import Settings
+
+REGISTRY_SECONDS = 1.0
+"""How old the list of live workers may be when an engine is chosen."""
+
+CHUNK = 64
+"""Requests that :meth:`Client.map` submits at once."""
+
+RequestLike = InferenceRequest | Mapping[str, Any]
+Progress = Callable[[int, int | None], None]
+"""Called with how many are done and how many there are, where that is known."""
+
+
+class Client:
+    """A connection to the fleet. Safe to use from several threads; close it, or use it in a ``with`` block.
+
+    Args:
+        redis_url: the broker; by default what the settings say.
+        settings: by default what :func:`shared.settings_loader.load_settings` finds.
+    """
+
+    def __init__(self, redis_url: str | None = None, settings: Settings | None = None) -> None:
+        if settings is None:
+            from shared.settings_loader import load_settings
+
+            settings = load_settings()
+        if redis_url is not None:
+            settings = settings.model_copy(
+                update={"fleet": settings.fleet.model_copy(update={"redis_url": redis_url})}
+            )
+        self.settings = settings
+        self.id = uuid.uuid4().hex
+        self._fleet = settings.fleet
+        self._redis = connect(self._fleet)
+        self._registry = WorkerRegistry(self._redis, self._fleet.silent_after_seconds)
+        self._cancel = self._redis.register_script(lua("shared", "cancel"))
+        self._replies = ReplyReader(self._fleet, self.id)
+        self._workers: list[WorkerInfo] = []
+        self._workers_at = float("-inf")
+        self._choices: dict[tuple[object, ...], EngineName] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop waiting for results. Requests that are under way go on; their results stay readable by id."""
+        self._replies.close()
+        self._redis.close()
+
+    # -- submit ----------------------------------------------------------------------------------------------------------
+
+    def submit(self, request: RequestLike | None = None, /, *, timeout: float | None = None, **fields: Any) -> Handle:
+        """Submit one request, given as a value, a mapping or fields.
+
+        ``timeout`` sets the request's deadline, in seconds from now. Raises :class:`~shared.errors.BadRequest` for an
+        invalid one (:class:`~shared.errors.UnknownModel`, :class:`~shared.errors.UnsupportedKind`,
+        :class:`~shared.errors.PayloadTooLarge`), :class:`~shared.errors.NoEngineAvailable` where no live worker can
+        serve it, and :class:`~shared.errors.BrokerUnavailable`.
+        """
+        if request is None:
+            request = fields
+        elif fields:
+            raise TypeError("give a request or its fields, not both")
+        return self.submit_many([request], timeout=timeout)[0]
+
+    def submit_many(self, requests: Sequence[RequestLike], *, timeout: float | None = None) -> list[Handle]:
+        """Submit several in one round trip; all of them are checked before any is sent."""
+        now = time.time()
+        deadline = None if timeout is None else now + timeout
+        prepared = [_prepare(request, deadline) for request in requests]
+        pushes: dict[str, list[bytes]] = {}
+        for request in prepared:
+            queue = keys.queue_of(self._choose(request))
+            message = wire.encode_request(
+                request, queue, sent=now, reply=self._replies.stream, max_bytes=self._fleet.max_payload_bytes
+            )
+            pushes.setdefault(keys.list_of(queue, request.priority.wire), []).append(message)
+        ids = [request.id for request in prepared]
+        futures = self._replies.expect(ids)
+        try:
+            self._push(pushes)
+        except FleetError:
+            self._replies.forget(ids)
+            raise
+        return [Handle(request_id, future, self) for request_id, future in zip(ids, futures, strict=True)]
+
+    def map(
+        self,
+        requests: Iterable[RequestLike],
+        *,
+        window: int = 512,
+        progress: bool | Progress = False,
+        errors: Literal["raise", "yield"] = "raise",
+        timeout: float | None = None,
+    ) -> Iterator[InferenceResult | FleetError]:
+        """Submit many and yield their results in order, with at most ``window`` of them under way.
+
+        ``requests`` is read as results are taken, so memory stays bounded whatever its length. With
+        ``errors="yield"`` an error takes its result's place and the rest go on; with ``"raise"`` the first one is
+        raised. ``timeout`` is each request's, in seconds. ``progress=True`` draws a bar on the terminal.
+        """
+        total = len(requests) if isinstance(requests, Sequence) else None
+        report, finish = _progress(progress, total)
+        source = iter(requests)
+        under_way: deque[Handle | FleetError] = deque()
+        done = 0
+        try:
+            while True:
+                if len(under_way) <= window - min(CHUNK, window):
+                    chunk = list(islice(source, min(CHUNK, window)))
+                    under_way.extend(self._submit_chunk(chunk, timeout))
+                    if chunk:
+                        continue
+                if not under_way:
+                    return
+                head = under_way.popleft()
+                outcome = head.outcome() if isinstance(head, Handle) else head
+                if isinstance(outcome, FleetError) and errors == "raise":
+                    raise outcome
+                done += 1
+                report(done, total)
+                yield outcome
+        finally:
+            finish()
+
+    def _submit_chunk(self, chunk: list[RequestLike], timeout: float | None) -> list[Handle | FleetError]:
+        try:
+            return list(self.submit_many(chunk, timeout=timeout)) if chunk else []
+        except FleetError:
+            # One of them is bad, or the broker is: by themselves they say which.
+            handles: list[Handle | FleetError] = []
+            for request in chunk:
+                try:
+                    handles.append(self.submit_many([request], timeout=timeout)[0])
+                except FleetError as error:
+                    handles.append(error)
+            return handles
+
+    def _choose(self, request: InferenceRequest) -> EngineName:
+        now = time.monotonic()
+        if now - self._workers_at > REGISTRY_SECONDS:
+            self.fleet()
+        key = (request.model, request.kind, request.engine_preference)
+        engine = self._choices.get(key)
+        if engine is None:
+            engine = self._choices[key] = choose(request, self._workers, self.settings)
+        return engine
+
+    def _push(self, pushes: Mapping[str, list[bytes]]) -> None:
+        with broker_errors(self._fleet, "submit"):
+            if len(pushes) == 1:
+                ((name, messages),) = pushes.items()
+                self._redis.lpush(name, *messages)
+                return
+            with self._redis.pipeline(transaction=True) as pipe:
+                for name, messages in pushes.items():
+                    pipe.lpush(name, *messages)
+                pipe.execute()
+
+    # -- requests that are under way ---------------------------------------------------------------------------------------
+
+    def handle(self, request_id: str) -> Handle:
+        """The handle of a request that was submitted before, by this client or another."""
+        (future,) = self._replies.expect([request_id])
+        handle = Handle(request_id, future, self)
+        self.recover(request_id)
+        return handle
+
+    def status(self, request_id: str) -> RequestStatus:
+        """Where a request is."""
+        with broker_errors(self._fleet, "ask for a status"):
+            record = self._redis.get(keys.result_key(request_id))
+        return RequestStatus.PENDING if record is None else status_of(orjson.loads(record))
+
+    def recover(self, request_id: str) -> Outcome | None:
+        """Look a result up where it is stored; resolves the handle where it is there."""
+        with broker_errors(self._fleet, "look up a result"):
+            record = self._redis.get(keys.result_key(request_id))
+        if record is None:
+            return None
+        self._replies.fulfil(record)
+        return read(record)[1]
+
+    def cancel(self, request_id: str) -> bool:
+        """Cancel a request: its caller gets :class:`~shared.errors.Cancelled`. ``False`` where it had ended before."""
+        record = wire.failure_meta(request_id, Cancelled(), status="REVOKED", done=wire.now_iso())
+        with broker_errors(self._fleet, "cancel"):
+            cancelled = self._cancel(
+                keys=[keys.result_key(request_id), keys.CANCELLED], args=[record, self._fleet.result_expires_seconds]
+            )
+        if cancelled:
+            self._replies.fulfil(record)
+        return bool(cancelled)
+
+    # -- the fleet ---------------------------------------------------------------------------------------------------------
+
+    def fleet(self) -> list[WorkerInfo]:
+        """The live workers."""
+        with broker_errors(self._fleet, "list the workers"):
+            self._workers = self._registry.live()
+        self._workers_at = time.monotonic()
+        self._choices.clear()
+        return self._workers
+
+    def queue_lengths(self) -> dict[str, int]:
+        """Messages that wait, by queue; under ``dead`` the dead letters, under ``leased`` those in workers' hands."""
+        queues = [*map(keys.queue_of, EngineName), keys.CONTROL_QUEUE]
+        with broker_errors(self._fleet, "count the queues"), self._redis.pipeline(transaction=False) as pipe:
+            for queue in queues:
+                for name in keys.lists_of(queue):
+                    pipe.llen(name)
+            pipe.zcard(keys.LEASE_INDEX)
+            pipe.xlen(keys.DEAD_LETTERS)
+            counts = pipe.execute()
+        steps = len(keys.PRIORITY_STEPS)
+        lengths = {queue: sum(counts[i * steps : (i + 1) * steps]) for i, queue in enumerate(queues)}
+        return {**lengths, "leased": counts[-2], "dead": counts[-1]}
+
+
+def _prepare(request: RequestLike, deadline: float | None) -> InferenceRequest:
+    if isinstance(request, InferenceRequest):
+        if deadline is None or request.deadline is not None:
+            return request
+        return request.model_copy(update={"deadline": deadline})
+    if deadline is not None and request.get("deadline") is None:
+        request = {**request, "deadline": deadline}
+    return InferenceRequest.parse(request)
+
+
+def _progress(progress: bool | Progress, total: int | None) -> tuple[Progress, Callable[[], None]]:
+    if callable(progress):
+        return progress, lambda: None
+    if not progress:
+        return lambda done, of: None, lambda: None
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), transient=True)
+    task = bar.add_task("requests", total=total)
+    bar.start()
+    return lambda done, of: bar.update(task, completed=done), bar.stop
+
+

@@ -1,0 +1,74 @@
+"""Reading Celery's result records: a result, or the error it stands for."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+import orjson
+
+from shared import errors
+from shared.contract import InferenceResult
+from shared.errors import Cancelled, FleetError
+
+_KNOWN = {
+    name: cls for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, FleetError)
+}
+
+
+class RequestStatus(StrEnum):
+    """Where a request is. A request nobody has heard of is pending too: the broker keeps no list of them."""
+
+    PENDING = "pending"
+    RETRYING = "retrying"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+_STATUS = {
+    "SUCCESS": RequestStatus.SUCCEEDED,
+    "FAILURE": RequestStatus.FAILED,
+    "REVOKED": RequestStatus.CANCELLED,
+    "RETRY": RequestStatus.RETRYING,
+}
+
+Outcome = InferenceResult | FleetError
+
+
+def status_of(record: dict[str, Any]) -> RequestStatus:
+    """The status that a record stands for."""
+    return _STATUS.get(str(record.get("status")), RequestStatus.PENDING)
+
+
+def read(record: bytes | str) -> tuple[str, Outcome | None]:
+    """The request's id and how it ended; ``None`` where the record is not a terminal one."""
+    data = orjson.loads(record)
+    request_id = str(data["task_id"])
+    status = data.get("status")
+    if status == "SUCCESS":
+        return request_id, result_of(data["result"])
+    if status in ("FAILURE", "REVOKED"):
+        return request_id, error_of(data.get("result"), revoked=status == "REVOKED")
+    return request_id, None
+
+
+def result_of(data: Any) -> Outcome:
+    """A result; records come from our own workers, so they are not validated again field by field."""
+    try:
+        return InferenceResult.model_construct(**data)
+    except TypeError:
+        return FleetError("the result is not one of an inference request")
+
+
+def error_of(data: Any, *, revoked: bool = False) -> FleetError:
+    """The error a failure record stands for; one of another project becomes a :class:`FleetError` that names it."""
+    if not isinstance(data, dict):
+        return Cancelled() if revoked else FleetError("the request failed")
+    name = str(data.get("exc_type", ""))
+    message = data.get("exc_message")
+    text = str(message[0]) if isinstance(message, list) and message else str(message or "")
+    cls = _KNOWN.get(name)
+    if cls is not None:
+        return cls(text)
+    return Cancelled() if revoked else FleetError(f"{name}: {text}")

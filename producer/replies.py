@@ -1,0 +1,96 @@
+"""Results come back on one stream per client, read by one thread."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from concurrent.futures import Future
+from typing import Any
+
+import redis
+
+from producer.records import Outcome, read
+from shared import keys
+from shared.broker import connect
+from shared.settings import FleetSettings
+
+logger = logging.getLogger(__name__)
+
+BLOCK_MS = 1000
+READ_COUNT = 512
+TRIM_EVERY = 2048
+
+
+class ReplyReader:
+    """Fulfils the futures of this client's requests."""
+
+    def __init__(self, fleet: FleetSettings, client_id: str) -> None:
+        self._fleet = fleet
+        self.stream = keys.reply_stream(client_id)
+        self._waiting: dict[str, Future[Outcome]] = {}
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def expect(self, request_ids: list[str]) -> list[Future[Outcome]]:
+        """One future a request; the same one for an id that is waited for already."""
+        with self._lock:
+            futures = []
+            for request_id in request_ids:
+                future = self._waiting.get(request_id)
+                if future is None:
+                    future = self._waiting[request_id] = Future()
+                futures.append(future)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="muai-replies", daemon=True)
+                self._thread.start()
+        return futures
+
+    def forget(self, request_ids: list[str]) -> None:
+        """Stop waiting: these were never sent."""
+        with self._lock:
+            for request_id in request_ids:
+                self._waiting.pop(request_id, None)
+
+    def fulfil(self, record: bytes | str) -> None:
+        """A record came: resolve its request's future. One that is not terminal, or that nobody waits for, is passed."""
+        request_id, outcome = read(record)
+        if outcome is None:
+            return
+        with self._lock:
+            future = self._waiting.pop(request_id, None)
+        if future is not None:
+            future.set_result(outcome)
+
+    def close(self) -> None:
+        """Stop the thread and give the stream's memory back."""
+        self._closed.set()
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout=BLOCK_MS / 1000 + self._fleet.socket_timeout_seconds)
+
+    def _run(self) -> None:
+        client = connect(self._fleet, socket_timeout=BLOCK_MS / 1000 + self._fleet.socket_timeout_seconds)
+        last = b"0"
+        unread = 0
+        while not self._closed.is_set():
+            try:
+                replies: Any = client.xread({self.stream: last}, count=READ_COUNT, block=BLOCK_MS)
+                if not replies:
+                    continue
+                entries = replies[0][1]
+                for entry_id, fields in entries:
+                    self.fulfil(fields[b"m"])
+                    last = entry_id
+                unread += len(entries)
+                if unread >= TRIM_EVERY:
+                    client.xtrim(self.stream, minid=last, approximate=False)
+                    unread = 0
+            except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
+                logger.warning("reading results: %s; trying again", error)
+                self._closed.wait(0.5)
+        try:
+            client.delete(self.stream)
+        except (redis.RedisError, OSError) as error:
+            logger.info("the reply stream stays until it expires: %s", error)
+        client.close()

@@ -1,0 +1,70 @@
+"""Names of queues and keys: the whole layout of the broker in one place.
+
+Queues are kombu's own Redis lists, so that stock Celery producers and workers can use them. Everything that is ours is
+under ``muai:``.
+
+======================================  ========================================================================
+``<queue>``, ``<queue>\\x06\\x16<step>``   lists of waiting messages; step 3, 6 or 9, the bare name is step 0
+``muai:lease:index``                    zset lease id -> expiry, ms since the epoch
+``muai:lease:messages``                 hash lease id -> list the message came from, newline, message
+``muai:lease:next``                     counter that lease ids come from
+``celery-task-meta-<id>``               Celery's result of a request
+``muai:reply:<client>``                 stream of results for one client
+``muai:dead``                           stream of dead letters
+``muai:cancelled``                      zset result key -> time of cancellation, ms
+``muai:workers:seen``                   zset worker id -> last announcement, ms
+``muai:workers:info``                   hash worker id -> what the worker announces, JSON
+======================================  ========================================================================
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from shared.contract import EngineName
+
+CONTROL_QUEUE: Final = "control"
+PRIORITY_SEPARATOR: Final = "\x06\x16"
+PRIORITY_STEPS: Final = (0, 3, 6, 9)
+
+LEASE_INDEX: Final = "muai:lease:index"
+LEASE_MESSAGES: Final = "muai:lease:messages"
+LEASE_COUNTER: Final = "muai:lease:next"
+DEAD_LETTERS: Final = "muai:dead"
+CANCELLED: Final = "muai:cancelled"
+WORKERS_SEEN: Final = "muai:workers:seen"
+WORKERS_INFO: Final = "muai:workers:info"
+
+DELAYED_PREFIX: Final = "eta:"
+"""Leases with this prefix are nobody's: they are messages that wait for their time."""
+
+
+def queue_of(engine: EngineName) -> str:
+    """The queue an engine's workers consume from."""
+    return engine.value
+
+
+def list_of(queue: str, priority: int) -> str:
+    """The Redis list for a queue and a priority from 0 (first) to 9, as kombu names it."""
+    step = max(step for step in PRIORITY_STEPS if step <= max(priority, 0))
+    return f"{queue}{PRIORITY_SEPARATOR}{step}" if step else queue
+
+
+def lists_of(queue: str) -> list[str]:
+    """All lists of a queue, the most urgent first."""
+    return [list_of(queue, step) for step in PRIORITY_STEPS]
+
+
+def queue_of_list(name: str) -> str:
+    """The queue a Redis list belongs to."""
+    return name.partition(PRIORITY_SEPARATOR)[0]
+
+
+def result_key(request_id: str) -> str:
+    """Where Celery's Redis result backend keeps a result."""
+    return f"celery-task-meta-{request_id}"
+
+
+def reply_stream(client_id: str) -> str:
+    """The stream a client reads its results from."""
+    return f"muai:reply:{client_id}"

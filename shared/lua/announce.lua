@@ -1,0 +1,22 @@
+-- A worker says that it lives.
+--
+-- KEYS[1]  muai:workers:seen   zset worker id -> last announcement, ms
+-- KEYS[2]  muai:workers:info   hash worker id -> JSON
+-- ARGV[1]  worker id
+-- ARGV[2]  what it announces, JSON; empty: the worker leaves
+-- ARGV[3]  ms of silence after which a worker is dropped
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+if ARGV[2] == '' then
+  redis.call('ZREM', KEYS[1], ARGV[1])
+  redis.call('HDEL', KEYS[2], ARGV[1])
+else
+  redis.call('ZADD', KEYS[1], now, ARGV[1])
+  redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
+end
+local silent = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', '(' .. (now - ARGV[3]), 'LIMIT', 0, 100)
+for _, worker in ipairs(silent) do
+  redis.call('ZREM', KEYS[1], worker)
+  redis.call('HDEL', KEYS[2], worker)
+end
+return #silent

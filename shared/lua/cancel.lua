@@ -1,0 +1,21 @@
+-- Cancel a request: write its terminal record, unless it has one.
+--
+-- KEYS[1]  result key
+-- KEYS[2]  muai:cancelled  zset result key -> time of cancellation, ms
+-- ARGV[1]  result record
+-- ARGV[2]  seconds that results are kept
+-- Returns  1, or 0 where the request had ended before
+local existing = redis.call('GET', KEYS[1])
+if existing then
+  local ok, record = pcall(cjson.decode, existing)
+  local status = ok and record.status
+  if status == 'SUCCESS' or status == 'FAILURE' or status == 'REVOKED' then return 0 end
+end
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+redis.call('PUBLISH', KEYS[1], ARGV[1])
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - ARGV[2] * 1000)
+redis.call('ZADD', KEYS[2], now, KEYS[1])
+redis.call('EXPIRE', KEYS[2], ARGV[2])
+return 1

@@ -1,0 +1,18 @@
+-- The workers that have announced themselves lately.
+--
+-- KEYS[1]  muai:workers:seen   zset worker id -> last announcement, ms
+-- KEYS[2]  muai:workers:info   hash worker id -> JSON
+-- ARGV[1]  ms of silence after which a worker does not count
+-- Returns  { ms since its announcement, JSON, ... }
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local seen = redis.call('ZRANGEBYSCORE', KEYS[1], now - ARGV[1], '+inf', 'WITHSCORES')
+local out = {}
+for i = 1, #seen, 2 do
+  local info = redis.call('HGET', KEYS[2], seen[i])
+  if info then
+    out[#out + 1] = now - seen[i + 1]
+    out[#out + 1] = info
+  end
+end
+return out

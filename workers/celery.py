@@ -1,0 +1,90 @@
+"""The Celery app: ``celery -A workers worker -Q pytorch`` is the whole command for a worker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import Celery, Task
+from kombu import Queue
+
+from shared import keys
+from shared.contract import TASK_NAME, EngineName
+from shared.errors import FleetError
+from shared.settings import Settings
+from workers.fleet import Fleet
+from workers.steps import EngineStep, IntakeStep
+
+
+class Infer(Task):  # type: ignore[misc]
+    """The task that requests are calls of. Its messages go to the engine's intake, never through the pool."""
+
+    name = TASK_NAME
+    Strategy = "workers.steps:strategy"
+    typing = False
+    ignore_result = False
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Only a worker that serves an engine's queue runs requests."""
+        raise FleetError(f"{TASK_NAME} runs on the queues of the engines only: {', '.join(EngineName)}")
+
+
+class FleetApp(Celery):
+    """A Celery app with the fleet it serves."""
+
+    fleet: Fleet
+
+
+def create_app(settings: Settings) -> FleetApp:
+    """Build the app for these settings. Nothing connects yet."""
+    fleet = Fleet(settings)
+    app = FleetApp("muai", set_as_current=False)
+    app.fleet = fleet
+    app.conf.update(
+        broker_url=settings.fleet.redis_url,
+        broker_transport="workers.transport:Transport",
+        broker_transport_options=fleet.transport_options(),
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_pool_limit=2,
+        result_backend=settings.fleet.redis_url,
+        result_expires=settings.fleet.result_expires_seconds,
+        redis_socket_timeout=settings.fleet.socket_timeout_seconds,
+        redis_socket_connect_timeout=settings.fleet.connect_timeout_seconds,
+        redis_retry_on_timeout=False,
+        accept_content=["json"],
+        result_accept_content=["json"],
+        task_serializer="json",
+        result_serializer="json",
+        event_serializer="json",
+        task_default_queue=keys.CONTROL_QUEUE,
+        task_queues=[Queue(name, routing_key=name) for name in (*map(keys.queue_of, EngineName), keys.CONTROL_QUEUE)],
+        task_create_missing_queues=True,
+        task_acks_late=True,
+        task_reject_on_worker_lost=True,
+        worker_pool="solo",
+        worker_concurrency=1,
+        worker_prefetch_multiplier=1,
+        worker_send_task_events=settings.fleet.send_events,
+        worker_enable_remote_control=True,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        worker_enable_prefetch_count_reduction=False,
+        worker_hijack_root_logger=True,
+        worker_redirect_stdouts=False,
+        event_queue_expires=60,
+        event_queue_ttl=30,
+    )
+    app.register_task(Infer())
+    app.steps["worker"].add(EngineStep)
+    app.steps["consumer"].add(IntakeStep)
+    return app
+
+
+def __getattr__(name: str) -> FleetApp:
+    # The settings are read when the app is asked for, so that importing this module reads nothing.
+    if name == "app":
+        from shared.settings_loader import load_settings
+
+        app = create_app(load_settings())
+        globals()["app"] = app
+        return app
+    raise AttributeError(name)

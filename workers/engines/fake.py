@@ -1,0 +1,75 @@
+"""A deterministic engine without a model: the tests' and benchmarks' stand-in on the queue path.
+
+The answer is a function of the request alone. A prompt that begins with one of these words misbehaves on purpose:
+``!bad`` is refused as the caller's error, ``!fail`` fails as the engine's, ``!crash`` raises for the whole batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+
+from shared.contract import EngineName, InferenceRequest, Kind, Usage
+from shared.errors import BadRequest, EngineError
+from shared.settings import FakeSettings, ModelSpec, Settings
+from workers.engines.base import Availability, Emit, Engine, EngineOutput, LoadedModel
+
+DIMENSIONS = 8
+
+
+class FakeModel(LoadedModel):
+    """Answers at once, or after the configured time."""
+
+    def __init__(self, spec: ModelSpec, settings: FakeSettings) -> None:
+        self.spec = spec
+        self.kinds = frozenset(spec.kinds)
+        self._settings = settings
+
+    def infer(self, requests: Sequence[InferenceRequest], emit: Emit) -> None:
+        """Answer every member; see the module for the words that misbehave."""
+        delay = self._settings.latency_ms + self._settings.per_item_ms * len(requests)
+        if delay:
+            time.sleep(delay / 1000)
+        for request in requests:
+            if (request.inputs.prompt or "").startswith("!crash"):
+                raise RuntimeError("the fake engine was told to crash")
+        for index, request in enumerate(requests):
+            emit(index, answer(request))
+
+
+def answer(request: InferenceRequest) -> EngineOutput | BadRequest | EngineError:
+    """The fake answer to a request: its last characters first, as many as ``max_tokens`` allows."""
+    inputs = request.inputs
+    if request.kind is Kind.EMBED:
+        vectors = [_vector(text) for text in inputs.texts or ()]
+        return EngineOutput({"embeddings": vectors, "dimensions": DIMENSIONS}, Usage(prompt_tokens=inputs.characters()))
+    text = inputs.prompt if inputs.prompt is not None else (inputs.messages or ())[-1].content
+    if text.startswith("!bad"):
+        return BadRequest("the fake engine was told to refuse this request")
+    if text.startswith("!fail"):
+        return EngineError("the fake engine was told to fail")
+    written = text[::-1][: request.params.max_tokens]
+    outputs: dict[str, object] = {"text": written, "token_ids": [], "finish_reason": "stop"}
+    if request.kind is Kind.CHAT:
+        outputs["message"] = {"role": "assistant", "content": written}
+    return EngineOutput(outputs, Usage(prompt_tokens=len(text), completion_tokens=len(written)))
+
+
+def _vector(text: str) -> list[float]:
+    return [byte / 255 for byte in hashlib.sha256(text.encode()).digest()[:DIMENSIONS]]
+
+
+class FakeEngine(Engine):
+    """Loads fake models at once."""
+
+    name = EngineName.FAKE
+
+    @classmethod
+    def availability(cls, settings: Settings) -> Availability:
+        """It needs nothing, so it is always there."""
+        return Availability(True)
+
+    def load(self, spec: ModelSpec) -> FakeModel:
+        """A fake model with the kinds that its declaration names."""
+        return FakeModel(spec, self.settings.optimization.fake)

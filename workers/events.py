@@ -1,0 +1,152 @@
+"""Tells Celery's observers of each request: task events, signals and worker state, as for any task.
+
+Flower and celery-exporter read the events, instrumentation hooks the signals, ``celery inspect`` reads the state. A
+signal without receivers costs nothing. No inputs and no outputs are in any of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from celery import Celery, signals
+from celery.app.task import Context, Task
+from celery.exceptions import Retry
+from celery.worker import state
+
+from shared.contract import TASK_NAME
+from shared.errors import FleetError
+from workers.inflight import InFlight
+
+logger = logging.getLogger(__name__)
+
+
+class TaskObserver:
+    """Reports the life of requests. Used by the consumer's loop only."""
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+        self._dispatcher: Any = None
+        self.consumer: Any = None
+
+    @property
+    def task(self) -> Task:
+        """The task that requests are calls of."""
+        task: Task = self._app.tasks[TASK_NAME]
+        return task
+
+    def attach(self, consumer: Any) -> None:
+        """Send through this consumer's event dispatcher from now on."""
+        self.consumer = consumer
+        self._dispatcher = consumer.event_dispatcher
+
+    def _send(self, event: str, item: InFlight, **fields: Any) -> None:
+        dispatcher = self._dispatcher
+        if dispatcher is not None and dispatcher.enabled:
+            dispatcher.send(event, uuid=item.id, **fields)
+
+    def received(self, item: InFlight) -> None:
+        """A request was claimed and accepted."""
+        item.task = self.task
+        state.task_reserved(item)
+        headers = item.headers
+        self._send(
+            "task-received", item, name=TASK_NAME, args="()", kwargs="{}", root_id=headers.get("root_id"),
+            parent_id=headers.get("parent_id"), retries=headers.get("retries") or 0, eta=headers.get("eta"),
+            expires=headers.get("expires"),
+        )  # fmt: skip
+        if signals.task_received.receivers:
+            signals.task_received.send(sender=self.consumer, request=item)
+
+    def given_back(self, item: InFlight) -> None:
+        """A request left this worker as it came."""
+        state.task_ready(item)
+
+    def started(self, item: InFlight) -> None:
+        """A request's batch was handed to the engine."""
+        state.task_accepted(item)
+        self._send("task-started", item)
+        if signals.task_prerun.receivers:
+            with _current(self.task, item):
+                signals.task_prerun.send(sender=self.task, task_id=item.id, task=self.task, args=(), kwargs={})
+
+    def succeeded(self, item: InFlight, result: dict[str, Any], runtime: float) -> None:
+        """A request's result was written. ``runtime`` is in seconds."""
+        state.task_ready(item, successful=True)
+        self._send("task-succeeded", item, result="", runtime=runtime)
+        if signals.task_success.receivers:
+            with _current(self.task, item):
+                signals.task_success.send(sender=self.task, result=result)
+        self._postrun(item, result, "SUCCESS")
+
+    def failed(self, item: InFlight, error: FleetError) -> None:
+        """A request's failure was written."""
+        state.task_ready(item)
+        self._send("task-failed", item, exception=repr(error), traceback="")
+        if signals.task_failure.receivers:
+            with _current(self.task, item):
+                signals.task_failure.send(
+                    sender=self.task, task_id=item.id, exception=error, args=(), kwargs={}, traceback=None, einfo=None
+                )
+        self._postrun(item, error, "FAILURE")
+        logger.info("%s[%s] failed: %s", TASK_NAME, item.id, type(error).__name__)
+
+    def retried(self, item: InFlight, error: FleetError) -> None:
+        """A request went on to another engine's queue."""
+        state.task_ready(item)
+        self._send("task-retried", item, exception=repr(error), traceback="")
+        if signals.task_retry.receivers:
+            with _current(self.task, item):
+                signals.task_retry.send(
+                    sender=self.task, request=self.task.request, reason=Retry(str(error), error), einfo=None
+                )
+        self._postrun(item, error, "RETRY")
+
+    def revoked(self, item: InFlight, expired: bool) -> None:
+        """A request was dropped because it was cancelled or because its ``expires`` passed."""
+        state.task_ready(item)
+        self._send("task-revoked", item, terminated=False, signum=None, expired=expired)
+        if signals.task_revoked.receivers:
+            signals.task_revoked.send(sender=self.task, request=item, terminated=False, signum=None, expired=expired)
+
+    def _postrun(self, item: InFlight, value: Any, status: str) -> None:
+        if item.started and signals.task_postrun.receivers:
+            with _current(self.task, item):
+                signals.task_postrun.send(
+                    sender=self.task, task_id=item.id, task=self.task, args=(), kwargs={}, retval=value, state=status
+                )
+
+
+class _current:
+    """Makes ``task.request`` that of ``item`` for the length of a block: instrumentation reads its headers."""
+
+    def __init__(self, task: Task, item: InFlight) -> None:
+        self._task = task
+        self._item = item
+
+    def __enter__(self) -> None:
+        self._task.push_request(**context_of(self._item))
+
+    def __exit__(self, *exc: object) -> None:
+        self._task.pop_request()
+
+
+def context_of(item: InFlight, embed: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The task context of a request, as Celery's worker builds it from the message."""
+    context = {
+        **item.headers,
+        **(embed or {}),
+        "args": (),
+        "kwargs": {},
+        "correlation_id": item.id,
+        "delivery_info": {"exchange": "", "routing_key": item.queue, "priority": item.priority, "redelivered": None},
+        "headers": dict(item.headers),
+        "is_eager": False,
+        "called_directly": False,
+    }
+    return context
+
+
+def request_context(item: InFlight, embed: dict[str, Any]) -> Context:
+    """The same as the object that Celery's backends take."""
+    return Context(context_of(item, embed))

@@ -1,0 +1,174 @@
+"""The composition root of a worker process: builds what it is made of, starts it, and stops it in order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+import redis
+from celery import Celery
+
+from shared.broker import connect
+from shared.contract import EngineName
+from shared.errors import ConfigurationError, FleetError, MissingDependency
+from shared.registry import EngineInfo, ServedModel, WorkerInfo, WorkerRegistry
+from shared.settings import Settings
+from workers.canvas import Canvas
+from workers.delivery import Delivery, LeaseKeeper
+from workers.engines import engine_class
+from workers.events import TaskObserver
+from workers.intake import Intake, Services
+from workers.models import ModelManager
+from workers.runner import EngineRunner
+from workers.sweeper import Sweeper
+
+logger = logging.getLogger(__name__)
+
+
+class Fleet:
+    """Everything of this process that outlives a broker connection."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.worker_id = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self._client: redis.Redis = connect(settings.fleet)
+        self.delivery = Delivery(self._client, settings.fleet)
+        self.leases = LeaseKeeper(self.delivery, settings.fleet)
+        self.registry = WorkerRegistry(self._client, settings.fleet.silent_after_seconds)
+        self.sweeper = Sweeper(self.delivery, settings.fleet.max_deliveries)
+        self.intakes: dict[str, Intake] = {}
+        self.observer: TaskObserver | None = None
+        self._runners: list[EngineRunner] = []
+        self._queues: tuple[str, ...] = ()
+        self._started = time.time()
+        self._live: list[WorkerInfo] = []
+        self._stop = threading.Event()
+        self._heartbeat: threading.Thread | None = None
+
+    def transport_options(self) -> dict[str, Any]:
+        """What the transport needs of us, and time limits on its connections."""
+        fleet = self.settings.fleet
+        return {
+            "delivery": self.delivery,
+            "leases": self.leases,
+            "intakes": self.intakes,
+            "socket_timeout": fleet.socket_timeout_seconds,
+            "socket_connect_timeout": fleet.connect_timeout_seconds,
+            "socket_keepalive": True,
+            "health_check_interval": 5,
+        }
+
+    # -- start -----------------------------------------------------------------------------------------------------------
+
+    def serve(self, app: Celery, queues: Iterable[str]) -> None:
+        """Load the engines that the queues name, and announce this worker once they are ready.
+
+        Raises :class:`ConfigurationError` for an engine that is switched off, :class:`MissingDependency` for one whose
+        library is not here.
+        """
+        self._queues = tuple(queues)
+        engines = [EngineName(queue) for queue in self._queues if queue in set(EngineName)]
+        self.observer = TaskObserver(app)
+        services = Services(
+            self.settings, self.delivery, self.leases, self.observer, Canvas(app), self.worker_id, self.live_workers
+        )
+        for name in engines:
+            self._add(name, services)
+        preload = self.settings.monitoring.server.preload_models
+        for runner in self._runners:
+            runner.start([model for model in preload if runner.models.declares(model)])
+        for runner in self._runners:
+            runner.loaded.wait()
+        self._heartbeat = threading.Thread(target=self._announce_forever, name="heartbeat", daemon=True)
+        self._heartbeat.start()
+
+    def _add(self, name: EngineName, services: Services) -> None:
+        if not self.settings.optimization.engine_enabled(name):
+            raise ConfigurationError(f"the {name} engine is switched off (optimization.{name}.enabled)")
+        cls = engine_class(name)
+        availability = cls.availability(self.settings)
+        if not availability.ok:
+            raise MissingDependency(f"the {name} engine cannot run here: {availability.reason}. {availability.remedy}")
+        models = ModelManager(cls(self.settings), self.settings)
+        runner = EngineRunner(models, lambda event: self.intakes[name.value].report(event))
+        self.intakes[name.value] = Intake(name.value, runner, services)
+        self._runners.append(runner)
+
+    # -- registry --------------------------------------------------------------------------------------------------------
+
+    def live_workers(self) -> list[WorkerInfo]:
+        """The workers of the fleet as of the last heartbeat."""
+        return self._live
+
+    def describe(self) -> WorkerInfo:
+        """What this worker announces."""
+        batcher = self.settings.optimization.batcher
+        engines = tuple(
+            EngineInfo(
+                name=runner.models.engine.name,
+                models={
+                    name: ServedModel(kinds=kinds, loaded=loaded)
+                    for name, (kinds, loaded) in runner.models.status().items()
+                },
+                max_batch_size=batcher.max_batch_size if batcher.enabled else 1,
+                failed=runner.models.failures(),
+            )
+            for runner in self._runners
+        )
+        return WorkerInfo(
+            id=self.worker_id,
+            host=platform.node(),
+            pid=os.getpid(),
+            started=self._started,
+            queues=self._queues,
+            engines=engines,
+            in_flight=sum(intake.in_flight for intake in self.intakes.values()),
+        )
+
+    def _announce_forever(self) -> None:
+        while True:
+            try:
+                self.registry.announce(self.describe())
+                self._live = self.registry.live()
+            except (redis.RedisError, OSError) as error:
+                logger.warning("cannot announce this worker: %s", error)
+            if self._stop.wait(self.settings.fleet.heartbeat_seconds):
+                return
+
+    # -- stop ------------------------------------------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """Take this worker out of the registry: nothing is routed to it any longer."""
+        self._stop.set()
+        if self._heartbeat is not None:
+            self._heartbeat.join(timeout=5)
+            self._heartbeat = None
+        try:
+            self.registry.leave(self.worker_id)
+        except (redis.RedisError, OSError) as error:
+            logger.warning("cannot leave the registry: %s", error)
+
+    def drain(self) -> None:
+        """Give back what waits, let what runs end within the configured grace, and write its outcomes."""
+        deadline = time.monotonic() + self.settings.monitoring.server.graceful_shutdown_timeout
+        try:
+            for intake in self.intakes.values():
+                intake.give_back()
+            for intake in self.intakes.values():
+                intake.finish(deadline)
+        except (redis.RedisError, FleetError, OSError) as error:
+            logger.error("the broker is gone while this worker stops; its requests come back with their leases: %s", error)
+
+    def close(self) -> None:
+        """Unload the models and stop the threads."""
+        for runner in self._runners:
+            if not runner.stop(timeout=5):
+                logger.warning("the %s engine is still busy; leaving it", runner.models.engine.name)
+        self.leases.close()
+        self._client.close()

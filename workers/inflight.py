@@ -1,0 +1,168 @@
+"""One request on its way through this worker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+
+from shared import wire
+from shared.contract import TASK_NAME, Hop, InferenceRequest
+from shared.errors import BadRequest, UndecodableMessage
+
+
+class InFlight:
+    """A claimed message, its request, and the times it went through.
+
+    Has what Celery's worker state and remote control read of a request (``id``, ``name``, ``info()``, …), so that
+    ``celery inspect`` shows it. All times are seconds since the epoch.
+    """
+
+    name = TASK_NAME
+    __slots__ = (
+        "__weakref__", "body", "claimed", "headers", "hops", "id", "lease", "priority", "properties", "queue", "reply",
+        "request", "sent", "started", "task", "tokens", "embed",
+    )  # fmt: skip
+
+    def __init__(
+        self, lease: str, queue: str, headers: Mapping[str, Any], properties: Mapping[str, Any], body: str | bytes,
+        claimed: float,
+    ) -> None:
+        self.lease = lease
+        self.queue = queue
+        self.headers = headers
+        self.properties = properties
+        self.body = body
+        self.claimed = claimed
+        self.started = 0.0
+        self.tokens = 0
+        self.task: Any = None
+        self.embed: dict[str, Any] | None = None
+        self.request: InferenceRequest | None = None
+        own = wire.own_header(headers)
+        self.id = str(headers.get("id") or properties.get("correlation_id") or lease)
+        self.reply = str(own.get("reply") or "")
+        sent = own.get("sent")
+        self.sent = float(sent) if isinstance(sent, int | float) else claimed
+        hops = own.get("hops")
+        self.hops = [Hop.model_validate(hop) for hop in hops] if hops else []
+        priority = properties.get("priority")
+        self.priority = priority if isinstance(priority, int) else 0
+
+    # -- what the message says -------------------------------------------------------------------------------------------
+
+    def decode(self) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
+        """The positional arguments, keyword arguments and canvas of the task call."""
+        try:
+            args, kwargs, embed = orjson.loads(self.body)
+        except (orjson.JSONDecodeError, TypeError, ValueError):
+            raise UndecodableMessage("the message's body is not a JSON list of args, kwargs and embed") from None
+        if not isinstance(args, list) or not isinstance(kwargs, dict):
+            raise UndecodableMessage("the message's args and kwargs are not a list and an object")
+        return args, kwargs, embed if isinstance(embed, dict) else {}
+
+    def validated(self, args: list[Any], kwargs: dict[str, Any]) -> InferenceRequest:
+        """The request of the call; raise :class:`BadRequest` where it is not a valid one."""
+        data = kwargs.get("request")
+        if data is None and len(args) == 1 and isinstance(args[0], dict) and "model" in args[0]:
+            data, args = args[0], []
+        if not isinstance(data, dict):
+            raise BadRequest(f"{TASK_NAME} needs the keyword argument request, an object")
+        unknown = sorted(set(kwargs) - {"request"})
+        if unknown:
+            raise BadRequest(f"{TASK_NAME} takes no argument named {', '.join(unknown)}")
+        data = {**data, "id": data.get("id") or self.id}
+        if args:
+            data["inputs"] = inputs_from_previous(data.get("inputs"), args[0])
+        return InferenceRequest.parse(data)
+
+    @property
+    def eta(self) -> float | None:
+        """The time before which the request is not to run."""
+        return _timestamp(self.headers.get("eta"))
+
+    @property
+    def expires(self) -> float | None:
+        """The time after which Celery's sender no longer wants it run."""
+        return _timestamp(self.headers.get("expires"))
+
+    def last_moment(self) -> float | None:
+        """The earlier of the deadline and ``expires``: its lease is not kept longer."""
+        times = [self.expires, self.request.deadline if self.request else None]
+        return min((when for when in times if when is not None), default=None)
+
+    def record_extra(self) -> dict[str, Any]:
+        """What Celery adds to the result record of a task in a group or a chain."""
+        extra = {}
+        if self.headers.get("group"):
+            extra["group_id"] = self.headers["group"]
+        if self.headers.get("parent_id"):
+            extra["parent_id"] = self.headers["parent_id"]
+        return extra
+
+    def envelope(self, queue: str) -> dict[str, Any]:
+        """The message again, addressed to ``queue``."""
+        return {
+            "body": self.body if isinstance(self.body, str) else self.body.decode(),
+            "content-encoding": "utf-8",
+            "content-type": "application/json",
+            "headers": dict(self.headers),
+            "properties": {
+                **self.properties,
+                "body_encoding": None,
+                "delivery_info": {"exchange": "", "routing_key": queue},
+                "delivery_tag": self.id,
+            },
+        }
+
+    # -- what Celery's worker state and remote control read ----------------------------------------------------------------
+
+    @property
+    def task_name(self) -> str:
+        """The task's name."""
+        return TASK_NAME
+
+    def info(self, safe: bool = False) -> dict[str, Any]:
+        """What ``celery inspect`` shows: no inputs."""
+        return {
+            "id": self.id,
+            "name": TASK_NAME,
+            "args": [],
+            "kwargs": {},
+            "type": TASK_NAME,
+            "hostname": None,
+            "time_start": self.started or None,
+            "acknowledged": False,
+            "delivery_info": {"exchange": "", "routing_key": self.queue, "priority": self.priority},
+            "worker_pid": None,
+        }
+
+
+def inputs_from_previous(inputs: object, previous: object) -> object:
+    """In a chain, a request that leaves its inputs out works on what the step before it answered."""
+    if inputs:
+        return inputs
+    steps = previous if isinstance(previous, list) else [previous]
+    texts = []
+    for step in steps:
+        outputs = step.get("outputs") if isinstance(step, dict) else None
+        text = outputs.get("text") if isinstance(outputs, dict) else step
+        if not isinstance(text, str):
+            raise BadRequest("the request has no inputs, and the step before it answered no text to take in their place")
+        texts.append(text)
+    joined = "\n".join(texts)
+    return {"prompt": joined, "texts": texts, "messages": [{"role": "user", "content": joined}]}
+
+
+def _timestamp(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, int | float):
+        return float(value)
+    try:
+        when = datetime.fromisoformat(str(value))
+    except ValueError:
+        raise BadRequest("eta and expires must be ISO 8601 times") from None
+    return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()

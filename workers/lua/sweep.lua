@@ -1,0 +1,35 @@
+-- Take over what nobody holds any longer: leases that expired, and delayed messages whose time has come.
+--
+-- A delayed message goes straight back to its list. An expired lease becomes the caller's, under a new id, so that the
+-- caller can count the delivery and decide; should the caller die over it, it expires again.
+--
+-- KEYS[1]  muai:lease:index     zset lease id -> expiry, ms
+-- KEYS[2]  muai:lease:messages  hash lease id -> list name, newline, message
+-- KEYS[3]  muai:lease:next      counter
+-- ARGV[1]  most leases to take over
+-- ARGV[2]  lease length, ms
+-- ARGV[3]  prefix of delayed leases
+-- Returns  { ms until the next one is due (-1: none), lease id, list name .. newline .. message, ... }
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local out = { -1 }
+for _, lease in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, ARGV[1])) do
+  local stored = redis.call('HGET', KEYS[2], lease)
+  redis.call('ZREM', KEYS[1], lease)
+  redis.call('HDEL', KEYS[2], lease)
+  if stored then
+    if string.sub(lease, 1, #ARGV[3]) == ARGV[3] then
+      local cut = string.find(stored, '\n', 1, true)
+      redis.call('RPUSH', string.sub(stored, 1, cut - 1), string.sub(stored, cut + 1))
+    else
+      local taken = string.format('%d', redis.call('INCR', KEYS[3]))
+      redis.call('HSET', KEYS[2], taken, stored)
+      redis.call('ZADD', KEYS[1], now + ARGV[2], taken)
+      out[#out + 1] = taken
+      out[#out + 1] = stored
+    end
+  end
+end
+local next = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')
+if #next == 2 then out[1] = math.max(0, next[2] - now) end
+return out

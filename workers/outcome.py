@@ -1,0 +1,68 @@
+"""How a request can end, as values: result, failure, revocation, hop, delay, dead letter.
+
+Nothing here talks to the broker; :class:`workers.delivery.Delivery` writes what these functions return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from shared import keys, wire
+from shared.contract import EngineName, Hop
+from shared.errors import FleetError
+from workers.delivery import Outcome
+from workers.inflight import InFlight
+
+
+def succeeded(item: InFlight, result: Mapping[str, Any], children: list[Any] | None = None) -> Outcome:
+    """The request was answered."""
+    record = wire.success_meta(
+        item.id, result, done=wire.now_iso(), extra=item.record_extra(), children=children or ()
+    )
+    return Outcome(item.lease, result_key=keys.result_key(item.id), record=record, reply=item.reply)
+
+
+def failed(item: InFlight, error: FleetError, *, dead_reason: str = "") -> Outcome:
+    """The request failed for good; with ``dead_reason`` its message is kept among the dead letters."""
+    record = wire.failure_meta(item.id, error, done=wire.now_iso(), extra=item.record_extra())
+    return Outcome(
+        item.lease, result_key=keys.result_key(item.id), record=record, reply=item.reply, dead_reason=dead_reason
+    )
+
+
+def revoked(item: InFlight, error: BaseException) -> Outcome:
+    """The request was cancelled, or its ``expires`` passed."""
+    record = wire.failure_meta(item.id, error, status="REVOKED", done=wire.now_iso(), extra=item.record_extra())
+    return Outcome(item.lease, result_key=keys.result_key(item.id), record=record, reply=item.reply)
+
+
+def hopped(item: InFlight, engine: EngineName, error: FleetError | None, failed_engine: EngineName, now: float) -> Outcome:
+    """The request goes on to the queue of ``engine``: a Celery retry with the same id.
+
+    With an ``error`` the hop is written into the message's history; without one (the request had merely come to a queue
+    that cannot serve it) it is not.
+    """
+    hops = [hop.model_dump(mode="json") for hop in item.hops]
+    if error is not None:
+        hops.append(Hop(engine=failed_engine, error=str(error)[:500], time=now).model_dump(mode="json"))
+    queue = keys.queue_of(engine)
+    header = {"hops": hops, "sent": item.sent}
+    retries = int(item.headers.get("retries") or 0) + (1 if error is not None else 0)
+    message = wire.amended(item.envelope(queue), header=header, retries=retries)
+    record: bytes | str = ""
+    if error is not None:
+        record = wire.failure_meta(item.id, error, status="RETRY", done=wire.now_iso(), extra=item.record_extra())
+    return Outcome(
+        item.lease,
+        result_key=keys.result_key(item.id) if record else "",
+        record=record,
+        push_list=keys.list_of(queue, item.priority),
+        push_message=message,
+        push_front=True,
+    )
+
+
+def delayed(lease: str, due: float) -> Outcome:
+    """The message waits in the broker until ``due`` (seconds since the epoch)."""
+    return Outcome(lease, due_ms=int(due * 1000))

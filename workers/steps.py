@@ -1,0 +1,95 @@
+"""Where the fleet hooks into Celery's worker: one step for the process, one for the broker connection."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from celery import bootsteps
+from celery.app.task import Task
+from celery.exceptions import WorkerTerminate
+from celery.worker.strategy import default as default_strategy
+
+from shared.errors import FleetError
+from workers.fleet import Fleet
+
+logger = logging.getLogger(__name__)
+
+
+def fleet_of(app: Any) -> Fleet:
+    """The fleet of an app made by :func:`workers.celery.create_app`."""
+    fleet: Fleet = app.fleet
+    return fleet
+
+
+class EngineStep(bootsteps.StartStopStep):
+    """Loads the engines before anything is consumed, and unloads them after everything else has stopped."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def start(self, worker: Any) -> None:
+        """Serve the queues of the command line."""
+        try:
+            fleet_of(worker.app).serve(worker.app, worker.app.amqp.queues.consume_from)
+        except FleetError as error:
+            logger.critical("%s", error.message)
+            raise WorkerTerminate(1) from error
+
+    def stop(self, worker: Any) -> None:
+        """Unload."""
+        fleet_of(worker.app).close()
+
+    terminate = stop
+
+
+class IntakeStep(bootsteps.StartStopStep):
+    """Connects the intakes to each broker connection, sweeps, and drains when the worker stops."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def start(self, consumer: Any) -> None:
+        """A connection is there: report through it."""
+        fleet = fleet_of(consumer.app)
+        if fleet.observer is not None:
+            fleet.observer.attach(consumer)
+
+    def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
+        """The loop is about to run: settle what was left over, then sweep every few seconds."""
+        fleet = fleet_of(consumer.app)
+        for intake in fleet.intakes.values():
+            intake.attach(hub)
+        interval = fleet.settings.fleet.sweep_seconds
+
+        def sweep() -> None:
+            due = fleet.sweeper.sweep()
+            if due is not None and due < interval:
+                hub.call_later(due + 0.001, fleet.sweeper.sweep)
+
+        hub.call_repeatedly(interval, sweep)
+        hub.call_soon(sweep)
+
+    def stop(self, consumer: Any) -> None:
+        """Called when a connection is lost as well as at the end; only at the end there is something to do."""
+        if consumer.blueprint.state == bootsteps.TERMINATE or _stopping(consumer):
+            fleet = fleet_of(consumer.app)
+            fleet.leave()
+            fleet.drain()
+
+
+def _stopping(consumer: Any) -> bool:
+    return bool(consumer.controller.blueprint.state in (bootsteps.CLOSE, bootsteps.TERMINATE))
+
+
+def strategy(task: Task, app: Any, consumer: Any, **kwargs: Any) -> Any:
+    """Celery's hook for what happens to a received message: it goes to the intake of its queue."""
+    intakes = fleet_of(app).intakes
+    ordinary = default_strategy(task, app, consumer, **kwargs)
+
+    def receive(message: Any, payload: Any, ack: Any, reject: Any, callbacks: Any, **options: Any) -> None:
+        intake = intakes.get(message.delivery_info["routing_key"])
+        if intake is not None:
+            intake.receive(message)
+        else:  # not an engine's queue: the task itself says so to its caller
+            ordinary(message, payload, ack, reject, callbacks, **options)
+
+    return receive

@@ -1,0 +1,288 @@
+"""Kombu's Redis transport with leases in place of pop-then-register.
+
+Messages lie where stock kombu puts them, so stock producers and consumers share the queues. What differs is how this
+side takes them: it waits without popping, and claims as many as there is room for in one atomic step. A queue either
+belongs to an :class:`Intake`, which says how much it has room for, or is consumed one task at a time within Celery's
+prefetch limit.
+
+Waiting: one extra connection asks whether the lists exist, with client tracking on. The broker answers at once and then
+tells that connection, once, when one of them changes. Nothing is popped, no payload travels, and a worker that dies in
+its sleep takes nothing with it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Protocol
+
+from kombu.transport import redis as kombu_redis
+
+from shared import keys, wire
+from shared.errors import UndecodableMessage
+from workers.delivery import Claim, Claimed, Delivery, LeaseKeeper, Outcome
+
+logger = logging.getLogger(__name__)
+
+PREFETCH_UNLIMITED = 64
+
+
+class Intake(Protocol):
+    """Takes the messages of a queue in batches."""
+
+    def room(self) -> int:
+        """How many messages it could start soon; asked before every claim."""
+
+    def claimed(self, claim: Claim) -> None:
+        """Called after every message of a claim was delivered."""
+
+
+class _Waiter:
+    """Holds the waiting connection where kombu's poller looks for a client's connection."""
+
+    connection: Any = None
+
+
+class LeaseQoS(kombu_redis.virtual.QoS):
+    """Keeps track of messages handed to ordinary Celery tasks; the broker's side of it is their lease."""
+
+    channel: Channel
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        """Note a delivered message; its lease exists already."""
+        super().append(message, delivery_tag)
+        self.channel.leases.hold(delivery_tag)
+
+    def take(self, delivery_tag: str) -> None:
+        """Leave a message to an intake: its lease is settled there, whatever becomes of this connection."""
+        self._quick_ack(delivery_tag)
+
+    def ack(self, delivery_tag: str) -> None:
+        """End a lease: the task is done with."""
+        self._end(Outcome(delivery_tag))
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        """End a lease and put the message back, or among the dead letters."""
+        if requeue:
+            self._end(Outcome.give_back(delivery_tag))
+        else:
+            self._end(Outcome(delivery_tag, dead_reason="rejected: no task of this name, or refused by it"))
+
+    def _end(self, outcome: Outcome) -> None:
+        self.channel.delivery.settle([outcome])
+        self.channel.leases.release([outcome.lease])
+        self._quick_ack(outcome.lease)
+
+    def restore_unacked_once(self, stderr: Any = None) -> None:
+        """Give everything back that is still open, when the channel closes."""
+        self._on_collect.cancel()
+        self._flush()
+        open_leases = list(self._delivered)
+        self._delivered.clear()
+        if not open_leases:
+            return
+        self.channel.leases.release(open_leases)
+        try:
+            self.channel.delivery.settle([Outcome.give_back(lease) for lease in open_leases])
+        except self.channel.connection_errors as error:
+            logger.warning("%d messages stay leased until their leases expire: %s", len(open_leases), error)
+
+    def restore_visible(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: expired leases are swept by :mod:`workers.sweeper`."""
+
+
+class Channel(kombu_redis.Channel):
+    """A channel that claims."""
+
+    QoS = LeaseQoS
+    delivery: Delivery
+    leases: LeaseKeeper
+    intakes: dict[str, Intake]
+
+    from_transport_options = kombu_redis.Channel.from_transport_options + ("delivery", "leases", "intakes")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.waiter = _Waiter()
+        self.unanswered = 0
+        self._armed_for: set[str] = set()
+        self._backlog: dict[str, int] = {}
+        super().__init__(*args, **kwargs)
+
+    # -- waiting ---------------------------------------------------------------------------------------------------------
+
+    def wake_connection(self) -> Any:
+        """The connection that waits; connected and tracking."""
+        if self.waiter.connection is None:
+            pool = self.async_pool
+            self.waiter.connection = pool.connection_class(**{**pool.connection_kwargs, "protocol": 3})
+        connection = self.waiter.connection
+        if connection._sock is None:
+            connection.connect()
+            connection.send_command("CLIENT", "TRACKING", "ON")
+            connection.read_response()
+            self.unanswered = 0
+            self._armed_for.clear()
+        return connection
+
+    def arm(self, again: bool = False) -> None:
+        """Ask of the queues that are not known to hold anything whether they do, and to be told when they do.
+
+        The answer comes to the poller. ``again`` repeats the question where it was asked before.
+        """
+        connection = self.wake_connection()
+        if again:
+            self._armed_for.clear()
+        empty = {queue for queue in self.active_queues if not self._backlog.get(queue)} - self._armed_for
+        if empty:
+            self._armed_for |= empty
+            self.unanswered += 1
+            connection.send_command("EXISTS", *(name for queue in sorted(empty) for name in keys.lists_of(queue)))
+
+    def _brpop_read(self, **options: Any) -> bool:
+        """Something came on the waiting connection: the answer to the question, or the news of a change."""
+        connection = self.waiter.connection
+        found = False
+        try:
+            while True:
+                answer = connection.read_response(push_request=True)
+                if isinstance(answer, int):
+                    self.unanswered -= 1
+                    found = found or answer > 0
+                else:
+                    found = True
+                if not connection.can_read(timeout=0):
+                    break
+        except self.connection_errors:
+            connection.disconnect()
+            raise
+        if found:
+            self._armed_for.clear()
+            self.claim_all()
+        return found
+
+    # -- claiming --------------------------------------------------------------------------------------------------------
+
+    def room(self, queue: str) -> int:
+        """How many messages of ``queue`` may be claimed now."""
+        intake = self.intakes.get(queue)
+        if intake is not None:
+            return intake.room()
+        limit: int = self.qos.prefetch_count
+        if not limit:
+            return PREFETCH_UNLIMITED
+        return max(0, limit - (len(self.qos._delivered) - len(self.qos._dirty)))
+
+    def claim_all(self) -> None:
+        """Claim from every queue that has room, and deliver."""
+        for queue in self.active_queues:
+            room = self.room(queue)
+            if room <= 0:
+                # It was not asked, so it may hold something.
+                self._backlog[queue] = max(1, self._backlog.get(queue, 0))
+                continue
+            claim = self.delivery.claim(queue, room)
+            self._backlog[queue] = claim.waiting
+            for message in claim.messages:
+                self._hand_over(queue, message)
+            intake = self.intakes.get(queue)
+            if intake is not None:
+                intake.claimed(claim)
+
+    @property
+    def backlog(self) -> bool:
+        """Whether a queue with room is known to hold messages."""
+        return any(waiting and self.room(queue) > 0 for queue, waiting in self._backlog.items())
+
+    def _hand_over(self, queue: str, message: Claimed) -> None:
+        try:
+            envelope = wire.decode_envelope(message.payload)
+            envelope["properties"]["delivery_tag"] = message.lease
+            envelope["properties"]["delivery_info"] = {"exchange": "", "routing_key": queue}
+        except UndecodableMessage as error:
+            logger.error("a message on %s went to the dead letters: %s", queue, error)
+            self.delivery.settle([refusal(message, error)])
+            return
+        self.connection._deliver(envelope, queue)
+
+    def _get(self, queue: str) -> dict[str, Any]:
+        claim = self.delivery.claim(queue, 1)
+        if not claim.messages:
+            raise kombu_redis.Empty()
+        envelope = wire.decode_envelope(claim.messages[0].payload)
+        envelope["properties"]["delivery_tag"] = claim.messages[0].lease
+        return envelope
+
+    def close(self) -> None:
+        """Close the waiting connection, then everything else."""
+        if self.waiter.connection is not None:
+            self.waiter.connection.disconnect()
+        super().close()
+
+
+def refusal(message: Claimed, error: UndecodableMessage) -> Outcome:
+    """A message nobody can decode becomes a dead letter; its sender is told where the message still names one."""
+    reason = str(error)
+    try:
+        headers = wire.loads_object(message.payload).get("headers")
+        task_id = headers.get("id") if isinstance(headers, dict) else None
+    except UndecodableMessage:
+        task_id = None
+    if not isinstance(task_id, str) or not task_id:
+        return Outcome(message.lease, dead_reason=reason)
+    record = wire.failure_meta(task_id, error, done=wire.now_iso())
+    reply = str(wire.own_header(headers).get("reply") or "")
+    return Outcome(
+        message.lease, result_key=keys.result_key(task_id), record=record, reply=reply, dead_reason=reason
+    )
+
+
+class Poller(kombu_redis.MultiChannelPoller):
+    """Polls the waiting connection of each channel in place of a blocking pop."""
+
+    def _register_BRPOP(self, channel: Channel) -> None:
+        connection = channel.wake_connection()
+        ident = (channel, channel.waiter, "BRPOP")
+        if self._chan_to_sock.get(ident) is not connection._sock:
+            self._fd_to_chan[connection._sock.fileno()] = (channel, "BRPOP")
+            self._chan_to_sock[ident] = connection._sock
+            self.poller.register(connection._sock, self.eventflags)
+        channel.arm()
+
+    def _update_brpop_polling(self) -> None:
+        """Nothing is ever popped, so nothing has to be held back while there is no room."""
+
+    def on_poll_start(self) -> None:
+        """Before the loop sleeps: claim what is known to be there, then ask to be woken."""
+        for channel in self._channels:
+            if channel.active_queues:
+                if channel.backlog:
+                    channel.claim_all()
+                self._register_BRPOP(channel)
+            if channel.active_fanout_queues:
+                self._register_LISTEN(channel)
+
+    def on_readable(self, fileno: int) -> None:
+        """One of our sockets has something to say."""
+        entry = self._fd_to_chan.get(fileno)
+        if entry is not None:
+            channel, kind = entry
+            channel.handlers[kind]()
+
+    def maybe_check_brpop_health(self) -> None:
+        """Ask again; a broker that has not answered the last question by now is not there."""
+        for channel in self._channels:
+            if channel.unanswered:
+                logger.warning("the broker does not answer; reconnecting")
+                channel.waiter.connection.disconnect()
+                raise ConnectionError("the broker does not answer")
+            if channel.active_queues:
+                channel.arm(again=True)
+
+
+class Transport(kombu_redis.Transport):
+    """Kombu's Redis transport with claims and leases."""
+
+    Channel = Channel
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cycle = Poller()
