@@ -61,6 +61,7 @@ def create_app(settings: Settings) -> FleetApp:
         task_create_missing_queues=True,
         task_acks_late=True,
         task_reject_on_worker_lost=True,
+        worker_consumer="workers.steps:FleetConsumer",
         worker_pool="solo",
         worker_concurrency=1,
         worker_prefetch_multiplier=1,

@@ -67,7 +67,7 @@ class Fleet:
     # -- start -----------------------------------------------------------------------------------------------------------
 
     def serve(self, app: Celery, queues: Iterable[str]) -> None:
-        """Load the engines that the queues name, and announce this worker once they are ready.
+        """Load the engines that the queues name, and the models that are to be preloaded.
 
         Raises :class:`ConfigurationError` for an engine that is switched off, :class:`MissingDependency` for one whose
         library is not here.
@@ -85,8 +85,6 @@ class Fleet:
             runner.start([model for model in preload if runner.models.declares(model)])
         for runner in self._runners:
             runner.loaded.wait()
-        self._heartbeat = threading.Thread(target=self._announce_forever, name="heartbeat", daemon=True)
-        self._heartbeat.start()
 
     def _add(self, name: EngineName, services: Services) -> None:
         if not self.settings.optimization.engine_enabled(name):
@@ -130,6 +128,12 @@ class Fleet:
             engines=engines,
             in_flight=sum(intake.in_flight for intake in self.intakes.values()),
         )
+
+    def announce(self) -> None:
+        """Announce this worker now, and from now on at every heartbeat."""
+        if self._heartbeat is None:
+            self._heartbeat = threading.Thread(target=self._announce_forever, name="heartbeat", daemon=True)
+            self._heartbeat.start()
 
     def _announce_forever(self) -> None:
         while True:

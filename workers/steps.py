@@ -8,6 +8,7 @@ from typing import Any
 from celery import bootsteps
 from celery.app.task import Task
 from celery.exceptions import WorkerTerminate
+from celery.worker.consumer import Consumer
 from celery.worker.strategy import default as default_strategy
 
 from shared.errors import FleetError
@@ -20,6 +21,14 @@ def fleet_of(app: Any) -> Fleet:
     """The fleet of an app made by :func:`workers.celery.create_app`."""
     fleet: Fleet = app.fleet
     return fleet
+
+
+class FleetConsumer(Consumer):  # type: ignore[misc]
+    """Celery's consumer without its gossip: the registry knows who lives, and orphaned gossip queues fill brokers."""
+
+    def __init__(self, *args: Any, worker_options: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        options = {**(worker_options or {}), "without_mingle": True, "without_gossip": True}
+        super().__init__(*args, worker_options=options, **kwargs)
 
 
 class EngineStep(bootsteps.StartStopStep):
@@ -48,10 +57,11 @@ class IntakeStep(bootsteps.StartStopStep):
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
     def start(self, consumer: Any) -> None:
-        """A connection is there: report through it."""
+        """A connection is there: report through it, and let requests be routed here."""
         fleet = fleet_of(consumer.app)
         if fleet.observer is not None:
             fleet.observer.attach(consumer)
+        fleet.announce()
 
     def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
         """The loop is about to run: settle what was left over, then sweep every few seconds."""

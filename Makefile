@@ -1,0 +1,55 @@
+# Everything starts with `make setup`, which the other targets run by themselves.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-$(shell cat pyproject.toml constraints.txt 2>/dev/null | cksum | cut -d' ' -f1)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-model up test lint types contracts check docs bench-queue bench-batching clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
+
+setup: $(STAMP)  ## make the virtual environment (.venv)
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "MuAI Fleet needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.11 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "python3 cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "setting up $(VENV) (once; a few minutes on a slow line)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[demo,dev]'
+	@rm -f $(VENV)/.setup-* && touch $@
+
+demo: setup  ## run the main job: real requests through real queues on real engines (MODEL=<hub id or path> for your own)
+	@MODEL='$(MODEL)' $(BIN)/python -m demo
+
+demo-model: setup  ## train the demo's generation model again
+	@$(BIN)/python -m demo.train
+
+up: setup  ## the same fleet, staying up
+	@$(BIN)/python -m demo.up
+
+test: setup  ## run the tests
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup tests
+
+lint: setup  ## ruff
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: setup  ## mypy, strict
+	@$(BIN)/mypy
+
+contracts: setup  ## who may import whom
+	@$(BIN)/lint-imports
+
+check: lint types contracts  ## lint, types and contracts
+
+docs: setup  ## write docs/configuration.md from the settings
+	@$(BIN)/python -m shared.configuration_reference > docs/configuration.md
+
+bench-queue: setup  ## cost of the queue path against plain Celery
+	@$(BIN)/python -m tests.benchmarks.bench_queue
+
+bench-batching: setup  ## what micro-batching gains, and what it costs a lone caller
+	@$(BIN)/python -m tests.benchmarks.bench_batching
+
+clean:  ## remove what set-up and runs have made
+	rm -rf $(VENV) .muai .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

