@@ -1,0 +1,156 @@
+"""The decode loop: one for every engine that can prefill a batch and take a step.
+
+Prompts are padded on the left, so that all rows write their next token at the same place. A row that is finished is
+reported at once; finished rows leave the batch when a fair share of it is done.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.contract import InferenceRequest, Kind, Usage
+from shared.errors import EngineError, FleetError
+from workers.engines.base import Emit, EngineOutput
+from workers.engines.sampling import Logits, Sampler, Tokens, choose
+from workers.engines.text import TextCodec
+
+KEEP_SHARE = 0.75
+"""Finished rows leave when the others are at most this share of the batch: leaving costs a copy of the cache."""
+
+
+class Decoding(ABC):
+    """One batch on its way through a decoder, with its key-value cache."""
+
+    @abstractmethod
+    def prefill(self, ids: Tokens, mask: Tokens) -> Logits:
+        """Read the prompts: ids and mask of shape (rows, longest), left padded. Scores of the token after each."""
+
+    @abstractmethod
+    def step(self, tokens: Tokens) -> Logits:
+        """Append one token to each row, of shape (rows,). Scores of the token after it."""
+
+    @abstractmethod
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only, in this order."""
+
+
+class _Row:
+    """One request in the batch."""
+
+    def __init__(self, index: int, request: InferenceRequest, prompt: list[int], room: int | None) -> None:
+        self.index = index
+        self.request = request
+        self.prompt = prompt
+        wanted = request.params.max_tokens
+        self.most = wanted if room is None else min(wanted, room)
+        self.sampler = Sampler(request.params)
+        self.tokens: list[int] = []
+        self.open = True
+
+
+def generate(
+    requests: Sequence[InferenceRequest],
+    codec: TextCodec,
+    decoding: Decoding,
+    eos: frozenset[int],
+    pad: int,
+    emit: Emit,
+) -> None:
+    """Answer generate and chat requests together; see :meth:`workers.engines.base.LoadedModel.infer`."""
+    rows = []
+    for index, request in enumerate(requests):
+        try:
+            prompt = codec.encode(request)
+        except FleetError as error:
+            emit(index, error)
+            continue
+        room = None if codec.max_context is None else codec.max_context - len(prompt)
+        rows.append(_Row(index, request, prompt, room))
+    if rows:
+        _Loop(rows, codec, decoding, eos, pad, emit).run()
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tokens, Tokens]:
+    """Ids and mask of shape (rows, longest); 0 in the mask is padding."""
+    longest = max(map(len, prompts))
+    ids = np.full((len(prompts), longest), pad, dtype=np.int64)
+    mask = np.zeros((len(prompts), longest), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
+
+
+def positions(mask: Tokens) -> NDArray[np.int64]:
+    """The position of each token among those that are not padding; padding is put at 0."""
+    return np.maximum(mask.cumsum(axis=1) - 1, 0)
+
+
+class _Loop:
+    def __init__(
+        self, rows: list[_Row], codec: TextCodec, decoding: Decoding, eos: frozenset[int], pad: int, emit: Emit
+    ) -> None:
+        self._rows = rows
+        self._codec = codec
+        self._decoding = decoding
+        self._eos = eos
+        self._pad = pad
+        self._emit = emit
+        self._prefill_ms = 0.0
+        self._decode_from = 0.0
+
+    def run(self) -> None:
+        started = time.perf_counter()
+        logits = self._decoding.prefill(*pad_left([row.prompt for row in self._rows], self._pad))
+        self._decode_from = time.perf_counter()
+        self._prefill_ms = (self._decode_from - started) * 1000
+        while True:
+            chosen, sound = choose(logits, [row.sampler for row in self._rows])
+            for row, token, is_sound in zip(self._rows, chosen, sound, strict=True):
+                if row.open:
+                    self._take(row, token, is_sound)
+            still_open = [place for place, row in enumerate(self._rows) if row.open]
+            if not still_open:
+                return
+            if len(still_open) <= KEEP_SHARE * len(self._rows):
+                self._decoding.keep(still_open)
+                chosen = [chosen[place] for place in still_open]
+                self._rows = [self._rows[place] for place in still_open]
+            logits = self._decoding.step(np.array(chosen, dtype=np.int64))
+
+    def _take(self, row: _Row, token: int, sound: bool) -> None:
+        params = row.request.params
+        if not sound:
+            row.open = False
+            self._emit(row.index, EngineError("the model's scores are not finite"))
+            return
+        if token in self._eos and not params.ignore_eos:
+            self._finish(row, "stop", None)
+            return
+        row.tokens.append(token)
+        text = self._codec.stopped(row.tokens, params.stop)
+        if text is not None:
+            self._finish(row, "stop", text)
+        elif len(row.tokens) >= row.most:
+            self._finish(row, "length", None)
+
+    def _finish(self, row: _Row, reason: str, text: str | None) -> None:
+        row.open = False
+        text = self._codec.decode(row.tokens) if text is None else text
+        outputs: dict[str, object] = {"text": text, "token_ids": row.tokens, "finish_reason": reason}
+        if row.request.kind is Kind.CHAT:
+            outputs["message"] = {"role": "assistant", "content": text}
+        self._emit(
+            row.index,
+            EngineOutput(
+                outputs,
+                Usage(prompt_tokens=len(row.prompt), completion_tokens=len(row.tokens)),
+                prefill_ms=self._prefill_ms,
+                decode_ms=(time.perf_counter() - self._decode_from) * 1000,
+            ),
+        )

@@ -1,0 +1,99 @@
+"""Between text and token ids, through the model's own tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from shared.contract import InferenceRequest, Kind
+from shared.errors import BadRequest, ContextTooLong, EngineLoadError
+from shared.settings import ModelSpec
+
+STOP_MARGIN = 8
+"""Tokens beyond a stop string's length that are decoded when looking for it: characters may span tokens."""
+
+
+class TextCodec:
+    """The tokenizer of one model."""
+
+    def __init__(self, spec: ModelSpec, max_context: int | None) -> None:
+        from transformers import AutoTokenizer
+
+        self._spec = spec
+        self.max_context = max_context
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise EngineLoadError(f"no tokenizer for {spec.name!r} at {spec.path!r}: {first_line(error)}") from error
+
+    def encode(self, request: InferenceRequest) -> list[int]:
+        """The prompt of a generate or chat request as token ids.
+
+        Raises :class:`ContextTooLong` where it leaves no room for a single token, :class:`BadRequest` where it has no
+        tokens or the model has no chat template.
+        """
+        if request.kind is Kind.CHAT:
+            ids = self._encode_chat(request)
+        else:
+            ids = list(self.tokenizer(request.inputs.prompt)["input_ids"])
+        if not ids:
+            raise BadRequest("the prompt has no tokens")
+        self.check(len(ids), room=1)
+        return ids
+
+    def _encode_chat(self, request: InferenceRequest) -> list[int]:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise BadRequest(f"model {self._spec.name!r} has no chat template; use kind=generate")
+        messages = [message.model_dump() for message in request.inputs.messages or ()]
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # the template is the model's own code: whatever it raises is about the messages
+            raise BadRequest(f"the model's chat template refuses these messages: {first_line(error)}") from error
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def encode_texts(self, request: InferenceRequest) -> list[list[int]]:
+        """The texts of an embed request as token ids, each whole: none is cut."""
+        rows = [list(ids) for ids in self.tokenizer(list(request.inputs.texts or ()), truncation=False)["input_ids"]]
+        for ids in rows:
+            if not ids:
+                raise BadRequest("a text has no tokens")
+            self.check(len(ids), room=0)
+        return rows
+
+    def check(self, length: int, room: int) -> None:
+        """Raise :class:`ContextTooLong` where ``length`` tokens and ``room`` more do not fit the model."""
+        if self.max_context is not None and length + room > self.max_context:
+            raise ContextTooLong(
+                f"the input is {length} tokens; the context of {self._spec.name!r} is {self.max_context}"
+                + (", which must leave room for an answer" if room else "")
+            )
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text without special tokens."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def stopped(self, tokens: list[int], stops: tuple[str, ...]) -> str | None:
+        """The text before the first stop string, or ``None`` where there is none yet."""
+        if not stops:
+            return None
+        tail = self.decode(tokens[-(max(map(len, stops)) + STOP_MARGIN) :])
+        if not any(stop in tail for stop in stops):
+            return None
+        text = self.decode(tokens)
+        cuts = [cut for cut in (text.find(stop) for stop in stops) if cut >= 0]
+        return text[: min(cuts)] if cuts else None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def require_path(spec: ModelSpec) -> None:
+    """Raise :class:`EngineLoadError` for a path that looks local and is not there."""
+    looks_local = spec.path.startswith((".", "/", "~")) or spec.path.count("/") > 1
+    if looks_local and not Path(spec.path).expanduser().exists():
+        raise EngineLoadError(
+            f"model {spec.name!r}: there is nothing at {spec.path!r}; set models.catalog.{spec.name}.path to a folder "
+            "with a transformers model, or to a hub id"
+        )
