@@ -8,7 +8,9 @@ from typing import Any
 
 MASK = "***"
 
-_SECRET_WORDS = frozenset({"password", "passwd", "pwd", "secret", "secrets", "token", "apikey", "credential", "credentials"})
+_SECRET_WORDS = frozenset(
+    {"password", "passwd", "pwd", "secret", "secrets", "token", "apikey", "credential", "credentials"}
+)
 _SECRET_ENDINGS = ("api_key", "access_key", "private_key")
 # Greedy up to the last "@": a password that holds an unescaped "@" is hidden whole.
 _CREDENTIALS = re.compile(r"(://[^:@/]*):.*@", re.DOTALL)

@@ -22,10 +22,10 @@ Dtype = Literal["auto", "float16", "bfloat16", "float32", "fp16", "bf16", "fp32"
 class Section(BaseModel):
     """Base of every section: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
-# --- optimization -------------------------------------------------------------------------------------------------------
+# --- optimization -----------------------------------------------------------------------------------------------------
 
 
 class VLLMSettings(Section):
@@ -80,7 +80,7 @@ class PyTorchSettings(Section):
 
     enabled: bool = Field(True, description="Whether workers may serve the pytorch queue.")
     dtype: Dtype = Field("auto", description="Number format of the weights; auto is float32 on a CPU.")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
 
 
 class FakeSettings(Section):
@@ -164,7 +164,7 @@ class OptimizationSettings(Section):
         return bool(getattr(self, engine).enabled)
 
 
-# --- monitoring ---------------------------------------------------------------------------------------------------------
+# --- monitoring -------------------------------------------------------------------------------------------------------
 
 
 class PrometheusSettings(Section):
@@ -180,7 +180,7 @@ class TracingSettings(Section):
     """OpenTelemetry traces."""
 
     enabled: bool = Field(True, description="Record traces.")
-    endpoint: str = Field("http://localhost:4317", description="OTLP collector.")
+    endpoint: str = Field("http://localhost:4317", pattern="^https?://", description="OTLP collector.")
     sample_rate: Fraction = Field(1.0, description="Share of the requests traced.")
     service_name: str = Field("muai-orchestration", description="Name of the service in traces.")
     export_timeout_ms: Positive = Field(30000, description="Longest wait for the collector.")
@@ -193,12 +193,16 @@ class AnomalySettings(Section):
     latency_threshold_ms: Annotated[float, Field(gt=0.0)] = Field(1000.0, description="Latency that raises an alert.")
     error_rate_threshold: Fraction = Field(0.05, description="Error rate that raises an alert.")
     memory_threshold_percent: Percent = Field(90.0, description="Memory use that raises an alert.")
-    throughput_threshold_rps: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Requests/s under which to alert.")
+    throughput_threshold_rps: Annotated[float, Field(ge=0.0)] = Field(
+        1.0, description="Requests/s under which an alert is raised."
+    )
     alert_rate_limit_seconds: Annotated[int, Field(ge=0)] = Field(300, description="Least time between alike alerts.")
     alert_destinations: tuple[Literal["log", "webhook", "alertmanager"], ...] = Field(
         ("log",), description="Where alerts go."
     )
-    webhook_url: str | None = Field(None, description="Needed when webhook is a destination.")
+    webhook_url: Annotated[str, Field(pattern="^https?://")] | None = Field(
+        None, description="Needed when webhook is a destination."
+    )
 
     @model_validator(mode="after")
     def _webhook_has_url(self) -> Self:
@@ -232,7 +236,7 @@ class MonitoringSettings(Section):
     server: ServerSettings = ServerSettings()
 
 
-# --- models -------------------------------------------------------------------------------------------------------------
+# --- models -----------------------------------------------------------------------------------------------------------
 
 
 class ModelSpec(Section):
@@ -262,18 +266,23 @@ class ModelsSettings(Section):
 
     @model_validator(mode="after")
     def _names_from_keys(self) -> Self:
+        for name, spec in self.catalog.items():
+            if spec.name not in ("", name):
+                raise ValueError(f"catalog.{name} says its name is {spec.name!r}; a model's name is its key")
         named = {name: spec.model_copy(update={"name": name}) for name, spec in self.catalog.items()}
         object.__setattr__(self, "catalog", named)
         return self
 
 
-# --- fleet --------------------------------------------------------------------------------------------------------------
+# --- fleet ------------------------------------------------------------------------------------------------------------
 
 
 class FleetSettings(Section):
     """The broker and the delivery rules."""
 
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="The broker. REDIS_URL is read too.")
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0", pattern="^(redis|rediss|unix)://", description="The broker. REDIS_URL is read too."
+    )
     lease_seconds: PositiveSeconds = Field(30.0, description="How long a request stays with a silent worker.")
     sweep_seconds: PositiveSeconds = Field(2.0, description="How often expired leases are looked for.")
     max_deliveries: Positive = Field(3, description="Deliveries after which a request is dead-lettered.")
@@ -303,5 +312,7 @@ class Settings(Section):
     def _preloaded_models_are_declared(self) -> Self:
         for name in self.monitoring.server.preload_models:
             if name not in self.models.catalog:
-                raise ValueError(f"monitoring.server.preload_models names {name!r}, which models.catalog does not declare")
+                raise ValueError(
+                    f"monitoring.server.preload_models names {name!r}, which models.catalog does not declare"
+                )
         return self

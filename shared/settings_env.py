@@ -1,4 +1,4 @@
-"""Settings from environment variables: text in, plain values out. What they may be is checked where they are put together."""
+"""Settings from environment variables: text in, plain values out. What these may be is checked by the loader."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NULL = frozenset({"", "null", "none"})
 
 @dataclass(slots=True)
 class Overrides:
-    """What the environment sets: values and the variable each came from, by key path; and what is wrong with the rest."""
+    """What the environment sets: values and their variables by key path, and what is wrong with the rest."""
 
     values: dict[KeyPath, Any] = field(default_factory=dict)
     sources: dict[KeyPath, str] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Overrides:
 
 
 def read_environment(environ: Mapping[str, str]) -> Overrides:
-    """The settings in ``environ``. Variables that are not ours are left alone, except those the table of fallbacks names."""
+    """The settings in ``environ``. Of the variables that are not ours only those in the table of fallbacks are read."""
     found = Overrides()
     known = variables()
     for name in sorted(environ):
@@ -58,7 +58,8 @@ def _take(name: str, text: str, found: Overrides) -> None:
     if path in found.values and found.values[path] != value:
         other, shown = found.sources[path], masked([found.values[path], value], path[-1])
         found.problems.append(
-            f"{other} and {name} both set {option.key}, to different values: {shown[0]!r} and {shown[1]!r}; set one of them"
+            f"{other} and {name} both set {option.key}, to different values: {shown[0]!r} and {shown[1]!r}; "
+            "set one of them"
         )
         return
     found.values.setdefault(path, value)
@@ -66,8 +67,10 @@ def _take(name: str, text: str, found: Overrides) -> None:
 
 
 def coerce(text: str, schema: Schema) -> Any:
-    """The value that ``text`` stands for under ``schema``. Text that stands for none comes back unchanged, for validation
-    to refuse it in the same words as a wrong value in a file."""
+    """The value that ``text`` stands for under ``schema``.
+
+    Text that stands for none comes back unchanged: validation refuses it in the same words as a wrong value in a file.
+    """
     schema = resolve(schema)
     stripped = text.strip()
     if is_optional(schema) and stripped.lower() in _NULL:

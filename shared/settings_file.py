@@ -111,7 +111,9 @@ def _explain(path: Path, error: yaml.YAMLError) -> str:
 
 
 def _name(value: Any) -> str:
-    return {list: "a list", str: "text"}.get(type(value), f"a {type(value).__name__}")
+    if isinstance(value, list):
+        return "a list"
+    return "text" if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def _without_empty_sections(tree: dict[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:

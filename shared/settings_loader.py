@@ -1,7 +1,7 @@
 """Loading the settings: defaults, then a YAML file, then the environment; the later one wins.
 
-Everything that is wrong is collected and raised as one :class:`~shared.errors.ConfigurationError`, a line for each: where
-it is, what is there, what is allowed, and the nearest right name.
+Everything that is wrong is collected and raised as one :class:`~shared.errors.ConfigurationError`, a line for each:
+where it is, what is there, what is allowed, and the nearest right name.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def load_settings(path: Path | str | None = None, environ: Mapping[str, str] | N
         # As JSON, strictly: lists are tuples and words are enumerations, but "9090" is no number and yes is no 1.
         settings = Settings.model_validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
-        details = error.errors(include_url=False)
+        details = _without_echoes(error.errors(include_url=False))
         problems += [_explain(item, tree, content, overrides) for item in details]
     if problems or settings is None:
         raise ConfigurationError("\n".join(problems))
@@ -92,7 +92,7 @@ def _get(tree: Any, path: Sequence[str | int]) -> Any:
     return tree
 
 
-# --- explaining what is wrong -------------------------------------------------------------------------------------------
+# --- explaining what is wrong -----------------------------------------------------------------------------------------
 
 
 def _explain(error: ErrorDetails, tree: Any, content: FileContent, overrides: Overrides) -> str:
@@ -106,18 +106,29 @@ def _explain(error: ErrorDetails, tree: Any, content: FileContent, overrides: Ov
     if error["type"] == "extra_forbidden":
         return _unknown_key(label, location, error["input"])
     if error["type"] == "value_error":
-        return _contradiction(label, location, error["msg"], overrides)
+        return _contradiction(label, location, error["msg"].removeprefix("Value error, "), content, overrides)
     if error["type"] == "missing":
         return f"{label}: is missing; needed: {_allowed_at(location)}"
     if name_is_wrong:
         return f"{label}: unknown name {location[-1]!r}; {error['msg'].lower()}"
-    return f"{label}: {_shown(_get(tree, location), location)} is not allowed; allowed: {_allowed_at(location)}" + _near(
-        str(_get(tree, location)), choices(schema_at(location))
-    )
+    value = _get(tree, location)
+    hint = _near(str(value), choices(schema_at(location)))
+    return f"{label}: {_shown(value, location)} is not allowed; allowed: {_allowed_at(location)}{hint}"
+
+
+def _without_echoes(errors: list[ErrorDetails]) -> list[ErrorDetails]:
+    """A list whose items are wrong is also reported as too short; the items say it better."""
+    places = [error["loc"] for error in errors]
+    return [
+        error
+        for error in errors
+        if error["type"] != "too_short"
+        or not any(place != error["loc"] and place[: len(error["loc"])] == error["loc"] for place in places)
+    ]
 
 
 def _source(location: Location, content: FileContent, overrides: Overrides) -> str:
-    """Where the value at ``location`` was set: the variable, or the file and line of it or of the nearest thing around it."""
+    """What set the value at ``location``: the variable, or the file and line of it or of the nearest key around it."""
     for length in range(len(location), 0, -1):
         start = location[:length]
         for path, variable in overrides.sources.items():
@@ -138,11 +149,19 @@ def _unknown_key(label: str, location: Location, value: Any) -> str:
     return f"{label}: no such key{shown}; allowed: {', '.join(siblings)}{hint}"
 
 
-def _contradiction(label: str, location: Location, message: str, overrides: Overrides) -> str:
-    inside = [variable for path, variable in overrides.sources.items() if path[: len(location)] == location]
+def _contradiction(
+    label: str, location: Location, message: str, content: FileContent, overrides: Overrides
+) -> str:
+    inside = [
+        variable
+        for path, variable in overrides.sources.items()
+        if path[: len(location)] == location and path[-1] in message
+    ]
+    if not label:  # the settings as a whole: point at the key that the message begins with
+        label = _source(tuple(message.split(" ", 1)[0].split(".")), content, overrides)
     start = f"{label}: " if label else ""
     ending = f" (set by {', '.join(inside)})" if inside and label not in inside else ""
-    return start + message.removeprefix("Value error, ") + ending
+    return start + message + ending
 
 
 def _allowed_at(location: Location) -> str:

@@ -1,4 +1,4 @@
-"""What can be configured, read off the settings' own schema: the keys, what each allows, and its environment variables."""
+"""What can be configured, read off the settings' own schema: keys, what each allows, and its environment variables."""
 
 from __future__ import annotations
 
@@ -146,7 +146,8 @@ def allowed(schema: Schema) -> str:
         return "one of " + ", ".join(map(str, schema["enum"]))
     if "const" in schema:
         return str(schema["const"])
-    return _ALLOWED.get(str(schema.get("type")), lambda schema: "any value")(schema)
+    describe = _ALLOWED.get(str(schema.get("type")))
+    return describe(schema) if describe is not None else "any value"
 
 
 def choices(schema: Schema | None) -> list[str]:
@@ -186,7 +187,7 @@ def _mapping(schema: Schema) -> str:
 
 
 _ALLOWED: Final = {
-    "boolean": lambda schema: "true or false",
+    "boolean": lambda _: "true or false",
     "integer": lambda schema: _number("a whole number", schema),
     "number": lambda schema: _number("a number", schema),
     "string": _text,
