@@ -118,14 +118,17 @@ class Client:
         progress: bool | Progress = False,
         errors: Literal["raise", "yield"] = "raise",
         timeout: float | None = None,
+        total: int | None = None,
     ) -> Iterator[InferenceResult | FleetError]:
         """Submit many and yield their results in order, with at most ``window`` of them under way.
 
         ``requests`` is read as results are taken, so memory stays bounded whatever its length. With
         ``errors="yield"`` an error takes its result's place and the rest go on; with ``"raise"`` the first one is
-        raised. ``timeout`` is each request's, in seconds. ``progress=True`` draws a bar on the terminal.
+        raised. ``timeout`` is each request's, in seconds. ``progress=True`` draws a bar on the terminal; ``total`` is how
+        many there will be, where ``requests`` has no length.
         """
-        total = len(requests) if isinstance(requests, Sequence) else None
+        if total is None and isinstance(requests, Sequence):
+            total = len(requests)
         report, finish = _progress(progress, total)
         source = iter(requests)
         under_way: deque[Handle | FleetError] = deque()

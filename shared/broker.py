@@ -5,23 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
-from urllib.parse import urlsplit, urlunsplit
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from shared.errors import BrokerUnavailable
+from shared.masking import masked_url
 from shared.settings import FleetSettings
-
-
-def masked(url: str) -> str:
-    """A broker URL without its password."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
 
 
 def connect(fleet: FleetSettings, *, socket_timeout: float | None = None) -> redis.Redis:
@@ -47,7 +38,7 @@ def broker_errors(fleet: FleetSettings, doing: str) -> Iterator[None]:
         yield
     except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
         raise BrokerUnavailable(
-            f"cannot {doing}: the broker at {masked(fleet.redis_url)} does not answer ({error}). "
+            f"cannot {doing}: the broker at {masked_url(fleet.redis_url)} does not answer ({error}). "
             "Is it running, and is REDIS_URL right?"
         ) from error
 

@@ -149,9 +149,7 @@ def _unknown_key(label: str, location: Location, value: Any) -> str:
     return f"{label}: no such key{shown}; allowed: {', '.join(siblings)}{hint}"
 
 
-def _contradiction(
-    label: str, location: Location, message: str, content: FileContent, overrides: Overrides
-) -> str:
+def _contradiction(label: str, location: Location, message: str, content: FileContent, overrides: Overrides) -> str:
     inside = [
         variable
         for path, variable in overrides.sources.items()
