@@ -1,7 +1,7 @@
-"""Writes what is documented of the configuration from the settings themselves: ``python -m shared.configuration_reference``.
+"""The configuration's documentation, written from the settings: ``python -m shared.configuration_reference``.
 
 Two files: the tables in ``docs/configuration.md`` (between the two marks; the text around them is written by hand) and
-``config/optimization.example.yaml``. With ``--check`` nothing is written; the exit status says whether they are current.
+``config/optimization.example.yaml``. With ``--check`` nothing is written; the exit status says if they are current.
 """
 
 from __future__ import annotations

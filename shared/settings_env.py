@@ -104,6 +104,7 @@ def _mapping(text: str) -> Any:
 
 
 def _unknown(name: str, text: str) -> str:
-    near = difflib.get_close_matches(name, [*variables(), CONFIG_VARIABLE], n=1)
+    # Every name begins alike, so a likeness counts for less than it would elsewhere.
+    near = difflib.get_close_matches(name, [*variables(), CONFIG_VARIABLE], n=1, cutoff=0.75)
     hint = f"; did you mean {near[0]}?" if near else "; docs/configuration.md lists them all"
     return f"{name}: no such variable (its value: {masked(text, name)!r}){hint}"
