@@ -43,7 +43,7 @@ contracts: setup  ## who may import whom
 check: lint types contracts  ## lint, types and contracts
 
 docs: setup  ## write docs/configuration.md from the settings
-	@$(BIN)/python -m shared.configuration_reference > docs/configuration.md
+	@$(BIN)/python -m shared.configuration_reference
 
 bench-queue: setup  ## cost of the queue path against plain Celery
 	@$(BIN)/python -m tests.benchmarks.bench_queue

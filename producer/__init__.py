@@ -2,7 +2,8 @@
 
 from producer.aio import AsyncClient, AsyncHandle
 from producer.client import Client
-from producer.handle import Handle, RequestStatus
+from producer.handle import Handle
+from producer.records import RequestStatus
 from shared.contract import InferenceRequest, InferenceResult, Kind, Priority, SamplingParams
 
 __all__ = [

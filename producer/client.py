@@ -18,7 +18,7 @@ from producer.replies import ReplyReader
 from shared import keys, wire
 from shared.broker import broker_errors, connect, lua
 from shared.contract import EngineName, InferenceRequest, InferenceResult
-from shared.errors import Cancelled, FleetError
+from shared.errors import BrokerUnavailable, Cancelled, FleetError
 from shared.registry import WorkerInfo, WorkerRegistry
 from shared.routing import choose
 from shared.settings import Settings
@@ -30,6 +30,8 @@ CHUNK = 64
 """Requests that :meth:`Client.map` submits at once."""
 
 RequestLike = InferenceRequest | Mapping[str, Any]
+Item = RequestLike | InferenceResult | FleetError
+"""What :meth:`Client.map` takes: a request, or the outcome of one that needs no submitting."""
 Progress = Callable[[int, int | None], None]
 """Called with how many are done and how many there are, where that is known."""
 
@@ -112,7 +114,7 @@ class Client:
 
     def map(
         self,
-        requests: Iterable[RequestLike],
+        requests: Iterable[Item],
         *,
         window: int = 512,
         progress: bool | Progress = False,
@@ -122,7 +124,8 @@ class Client:
     ) -> Iterator[InferenceResult | FleetError]:
         """Submit many and yield their results in order, with at most ``window`` of them under way.
 
-        ``requests`` is read as results are taken, so memory stays bounded whatever its length. With
+        ``requests`` is read as results are taken, so memory stays bounded whatever its length. An item that is a result
+        or an error already (of a line that could not be read, say) is yielded in its place. With
         ``errors="yield"`` an error takes its result's place and the rest go on; with ``"raise"`` the first one is
         raised. ``timeout`` is each request's, in seconds. ``progress=True`` draws a bar on the terminal; ``total`` is how
         many there will be, where ``requests`` has no length.
@@ -131,7 +134,7 @@ class Client:
             total = len(requests)
         report, finish = _progress(progress, total)
         source = iter(requests)
-        under_way: deque[Handle | FleetError] = deque()
+        under_way: deque[Handle | Outcome] = deque()
         done = 0
         try:
             while True:
@@ -152,11 +155,18 @@ class Client:
         finally:
             finish()
 
-    def _submit_chunk(self, chunk: list[RequestLike], timeout: float | None) -> list[Handle | FleetError]:
+    def _submit_chunk(self, chunk: list[Item], timeout: float | None) -> list[Handle | Outcome]:
+        requests = [item for item in chunk if not isinstance(item, InferenceResult | FleetError)]
+        handles = iter(self._submit_each(requests, timeout))
+        return [item if isinstance(item, InferenceResult | FleetError) else next(handles) for item in chunk]
+
+    def _submit_each(self, chunk: list[RequestLike], timeout: float | None) -> Sequence[Handle | FleetError]:
         try:
-            return list(self.submit_many(chunk, timeout=timeout)) if chunk else []
+            return self.submit_many(chunk, timeout=timeout) if chunk else []
+        except BrokerUnavailable as error:
+            return [error] * len(chunk)
         except FleetError:
-            # One of them is bad, or the broker is: by themselves they say which.
+            # One of them is bad: by themselves they say which.
             handles: list[Handle | FleetError] = []
             for request in chunk:
                 try:

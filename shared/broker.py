@@ -10,7 +10,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from shared.errors import BrokerUnavailable
+from shared.errors import BrokerUnavailable, ConfigurationError
 from shared.masking import masked_url
 from shared.settings import FleetSettings
 
@@ -19,16 +19,24 @@ def connect(fleet: FleetSettings, *, socket_timeout: float | None = None) -> red
     """A client of the fleet's broker. Nothing is sent yet; commands fail within the configured time limits.
 
     Commands are not retried by the client library: whoever sends one knows whether it may be sent twice.
+    Raises :class:`ConfigurationError` for a URL that cannot be read.
     """
-    return redis.Redis.from_url(
-        fleet.redis_url,
-        socket_connect_timeout=fleet.connect_timeout_seconds,
-        socket_timeout=socket_timeout if socket_timeout is not None else fleet.socket_timeout_seconds,
-        socket_keepalive=True,
-        health_check_interval=0,
-        retry=Retry(NoBackoff(), 0),
-        protocol=2,
-    )
+    try:
+        return redis.Redis.from_url(
+            fleet.redis_url,
+            socket_connect_timeout=fleet.connect_timeout_seconds,
+            socket_timeout=socket_timeout if socket_timeout is not None else fleet.socket_timeout_seconds,
+            socket_keepalive=True,
+            health_check_interval=0,
+            retry=Retry(NoBackoff(), 0),
+            protocol=2,
+        )
+    except ValueError:
+        # What it says may hold a part of the password: an unescaped one is the usual reason.
+        raise ConfigurationError(
+            f"fleet.redis_url: {masked_url(fleet.redis_url)!r} cannot be read as a URL; allowed: "
+            "redis://[user:password@]host[:port][/database], with special characters in the password escaped"
+        ) from None
 
 
 @contextmanager

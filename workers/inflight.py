@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import orjson
+from pydantic import ValidationError
 
 from shared import wire
 from shared.contract import TASK_NAME, Hop, InferenceRequest
@@ -43,11 +44,11 @@ class InFlight:
         self.request: InferenceRequest | None = None
         own = wire.own_header(headers)
         self.id = str(headers.get("id") or properties.get("correlation_id") or lease)
-        self.reply = str(own.get("reply") or "")
+        reply = own.get("reply")
+        self.reply = reply if isinstance(reply, str) else ""
         sent = own.get("sent")
-        self.sent = float(sent) if isinstance(sent, int | float) else claimed
-        hops = own.get("hops")
-        self.hops = [Hop.model_validate(hop) for hop in hops] if hops else []
+        self.sent = float(sent) if isinstance(sent, int | float) and 0 < sent <= claimed else claimed
+        self.hops = _hops(own.get("hops"))
         priority = properties.get("priority")
         self.priority = priority if isinstance(priority, int) else 0
 
@@ -154,6 +155,14 @@ def inputs_from_previous(inputs: object, previous: object) -> object:
         texts.append(text)
     joined = "\n".join(texts)
     return {"prompt": joined, "texts": texts, "messages": [{"role": "user", "content": joined}]}
+
+
+def _hops(value: object) -> list[Hop]:
+    """The history in a header; what is no history is none: it must not keep a request from being answered."""
+    try:
+        return [Hop.model_validate(hop) for hop in value] if isinstance(value, list) else []
+    except ValidationError:
+        return []
 
 
 def _timestamp(value: object) -> float | None:

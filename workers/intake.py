@@ -25,6 +25,7 @@ from shared.errors import (
     EngineLoadError,
     FleetError,
     NoEngineAvailable,
+    PayloadTooLarge,
     UndecodableMessage,
     UnknownModel,
     UnsupportedKind,
@@ -126,8 +127,16 @@ class Intake:
             self._end(outcome.failed(item, error, dead_reason=str(error)), lambda: None)
         except FleetError as error:
             self._fail(item, error)
+        except Exception as error:  # the boundary: no message may stop the loop that takes all the others
+            logger.exception("request %s could not be taken in", item.id)
+            self._fail(item, FleetError(f"the request could not be taken in: {type(error).__name__}"))
 
     def _admit(self, item: InFlight) -> None:
+        largest = self._services.settings.fleet.max_payload_bytes
+        if len(item.body) > largest:
+            raise PayloadTooLarge(
+                f"the request is {len(item.body)} bytes; at most {largest} are accepted (fleet.max_payload_bytes)"
+            )
         eta = item.eta
         if eta is not None and eta > item.claimed:
             self._end(outcome.delayed(item.lease, eta), lambda: None)

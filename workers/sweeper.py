@@ -38,7 +38,8 @@ class Sweeper:
         except UndecodableMessage as error:
             return Outcome(swept.lease, dead_reason=str(error))
         headers = envelope["headers"]
-        deliveries = int(wire.own_header(headers).get("deliveries") or 0) + 1
+        counted = wire.own_header(headers).get("deliveries")
+        deliveries = (counted if isinstance(counted, int) else 0) + 1
         if deliveries < self._max_deliveries:
             return Outcome(
                 swept.lease,

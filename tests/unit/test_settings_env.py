@@ -134,8 +134,8 @@ def test_text_becomes_values(environ, key, expected):
         (
             {"MUAI_OPT_BATCHER_MAX_SIZE": "8", "MUAI_OPT_BATCHER_MAX_BATCH_SIZE": "9"},
             (
-                "MUAI_OPT_BATCHER_MAX_BATCH_SIZE and MUAI_OPT_BATCHER_MAX_SIZE both set optimization.batcher.max_batch_size, "
-                "to different values: 9 and 8; set one of them"
+                "MUAI_OPT_BATCHER_MAX_BATCH_SIZE and MUAI_OPT_BATCHER_MAX_SIZE both set "
+                "optimization.batcher.max_batch_size, to different values: 9 and 8; set one of them"
             ),
         ),
         (
