@@ -83,7 +83,12 @@ def new_run() -> str:
 
 
 def read_lines(
-    stream: BinaryIO, run: str, *, model: str | None = None, kind: Kind | None = None, limit: int = 1 << 22,
+    stream: BinaryIO,
+    run: str,
+    *,
+    model: str | None = None,
+    kind: Kind | None = None,
+    limit: int = 1 << 22,
     rename: bool = False,
 ) -> Iterator[Line]:
     """The lines of ``stream``, one at a time. Blank ones are passed over; those over ``limit`` bytes are bad ones.

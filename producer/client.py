@@ -50,9 +50,7 @@ class Client:
 
             settings = load_settings()
         if redis_url is not None:
-            settings = settings.model_copy(
-                update={"fleet": settings.fleet.model_copy(update={"redis_url": redis_url})}
-            )
+            settings = settings.model_copy(update={"fleet": settings.fleet.model_copy(update={"redis_url": redis_url})})
         self.settings = settings
         self.id = uuid.uuid4().hex
         self._fleet = settings.fleet
@@ -67,7 +65,9 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -278,5 +278,3 @@ def _progress(progress: bool | Progress, total: int | None) -> tuple[Progress, C
     task = bar.add_task("requests", total=total)
     bar.start()
     return lambda done, of: bar.update(task, completed=done), bar.stop
-
-

@@ -65,6 +65,7 @@ class _Member(Generic[T]):
     item: T
     tokens: int
     arrived: float
+    number: int
 
 
 @dataclass(slots=True)
@@ -88,6 +89,7 @@ class Batcher(Generic[T]):
         self._groups: dict[Hashable, _Group[T]] = {}
         self._history: dict[Hashable, _History] = {}
         self._size = 0
+        self._added = 0
 
     def __len__(self) -> int:
         return self._size
@@ -98,14 +100,15 @@ class Batcher(Generic[T]):
     def add(self, item: T, key: Hashable, tokens: int, now: float) -> None:
         """Let a request of ``tokens`` tokens wait with the others of its key."""
         group = self._groups.setdefault(key, _Group())
-        group.members.append(_Member(item, tokens, now))
+        group.members.append(_Member(item, tokens, now, self._added))
         group.tokens += tokens
         group.last_arrival = now
         self._size += 1
+        self._added += 1
 
     def take(self, now: float) -> Batch[T] | None:
         """The batch that is due and has waited longest, or ``None``. Ask when an engine is free to run it."""
-        for key, group in sorted(self._groups.items(), key=lambda entry: entry[1].members[0].arrived):
+        for key, group in sorted(self._groups.items(), key=lambda entry: entry[1].members[0].number):
             reason = self._due(key, group, now)
             if reason is not None:
                 return self._form(key, group, reason, now)
@@ -145,7 +148,7 @@ class Batcher(Generic[T]):
     def drain(self) -> list[T]:
         """Take out everything that waits, in the order of arrival."""
         members = sorted(
-            (member for group in self._groups.values() for member in group.members), key=lambda member: member.arrived
+            (member for group in self._groups.values() for member in group.members), key=lambda member: member.number
         )
         self._groups.clear()
         self._size = 0
@@ -189,6 +192,7 @@ class Batcher(Generic[T]):
         while group.members and len(items) < limits.max_batch_size:
             member = group.members[0]
             if items and tokens + member.tokens > limits.max_batch_tokens:
+                reason = FlushReason.TOKENS
                 break
             group.members.popleft()
             items.append(member.item)

@@ -1,0 +1,111 @@
+"""``muai doctor``, the broker's part: does it answer, does it keep what it is given, is it near, who is there."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import redis
+
+from producer.findings import Finding, Grade
+from shared.broker import connect
+from shared.errors import FleetError
+from shared.masking import masked_url
+from shared.registry import WorkerInfo, WorkerRegistry
+from shared.settings import Settings
+
+OLDEST_BROKER = (6, 2)
+SLOW_BROKER_MS = 5.0
+
+
+def check_broker(settings: Settings) -> Iterator[Finding]:
+    """Whether the broker answers, keeps what it is given, and is near; then who is connected to it."""
+    url = masked_url(settings.fleet.redis_url)
+    try:
+        client = connect(settings.fleet)
+    except FleetError as error:
+        yield Finding(Grade.FAIL, "broker", error.message, "correct fleet.redis_url or REDIS_URL")
+        return
+    try:
+        info: Any = client.info()
+        latency = statistics.median(_ping_ms(client) for _ in range(20))
+        yield check_version(info, url)
+        yield check_persistence(info)
+        yield check_eviction(info)
+        yield check_latency(latency)
+        workers = WorkerRegistry(client, settings.fleet.silent_after_seconds).live()
+        yield check_workers(workers, settings)
+    except (redis.RedisError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        yield Finding(
+            Grade.FAIL, "broker", f"{url} does not answer: {reason}",
+            "muai broker  (starts an embedded one), or start a Redis and set REDIS_URL",
+        )  # fmt: skip
+    finally:
+        client.close()
+
+
+def _ping_ms(client: redis.Redis) -> float:
+    started = time.perf_counter()
+    client.ping()
+    return (time.perf_counter() - started) * 1000
+
+
+def check_version(info: dict[str, Any], url: str) -> Finding:
+    """Whether the server knows the commands that the scripts use."""
+    version = str(info.get("redis_version", "0"))
+    name = f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {version}"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_BROKER:
+        return Finding(Grade.FAIL, "broker", f"{name} at {url}; needed: 6.2 or newer", "upgrade the broker")
+    return Finding(Grade.OK, "broker", f"{name} at {url}")
+
+
+def check_persistence(info: dict[str, Any]) -> Finding:
+    """Whether requests outlive the broker."""
+    if int(info.get("aof_enabled", 0)):
+        if info.get("aof_last_write_status", "ok") != "ok":
+            return Finding(Grade.FAIL, "persistence", "the append-only file cannot be written", "make room on its disk")
+        return Finding(Grade.OK, "persistence", "append-only file")
+    return Finding(
+        Grade.WARN, "persistence", "no append-only file: what waits is lost when the broker dies",
+        'redis-cli -u "$REDIS_URL" CONFIG SET appendonly yes  (embedded: muai broker keeps one)',
+    )  # fmt: skip
+
+
+def check_eviction(info: dict[str, Any]) -> Finding:
+    """Whether a full broker refuses new requests instead of dropping old ones."""
+    policy, limit = str(info.get("maxmemory_policy", "noeviction")), int(info.get("maxmemory", 0))
+    text = f"maxmemory-policy {policy}, maxmemory {f'{limit / 1e6:.0f} MB' if limit else 'not limited'}"
+    if policy == "noeviction":
+        return Finding(Grade.OK, "memory", text)
+    remedy = 'redis-cli -u "$REDIS_URL" CONFIG SET maxmemory-policy noeviction'
+    if limit:
+        return Finding(Grade.FAIL, "memory", f"{text}: a full broker would drop requests", remedy)
+    return Finding(Grade.WARN, "memory", f"{text}: with a limit it would drop requests", remedy)
+
+
+def check_latency(milliseconds: float) -> Finding:
+    """Whether the broker is near enough: every request crosses this way several times."""
+    text = f"{milliseconds:.2f} ms a round trip"
+    if milliseconds <= SLOW_BROKER_MS:
+        return Finding(Grade.OK, "latency", text)
+    return Finding(Grade.WARN, "latency", text, "run workers and producers near the broker")
+
+
+def check_workers(workers: Sequence[WorkerInfo], settings: Settings) -> Finding:
+    """Whether somebody serves what is declared."""
+    if not workers:
+        return Finding(Grade.WARN, "workers", "none alive", "celery -A workers worker -Q pytorch")
+    served = {name for worker in workers for engine in worker.engines for name in engine.models}
+    text = f"{len(workers)} alive, serving {', '.join(sorted(served)) or 'no model'}"
+    failed = {f"{name} ({reason})" for w in workers for e in w.engines for name, reason in e.failed.items()}
+    unserved = sorted(set(settings.models.catalog) - served)
+    if unserved or failed:
+        problems = [f"nobody serves {', '.join(unserved)}"] if unserved else []
+        problems += [f"could not be loaded: {'; '.join(sorted(failed))}"] if failed else []
+        return Finding(
+            Grade.WARN, "workers", f"{text}; {'; '.join(problems)}", "start the workers with this configuration"
+        )
+    return Finding(Grade.OK, "workers", text)

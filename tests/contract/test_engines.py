@@ -1,0 +1,319 @@
+"""One contract for every engine, over real architectures: the answers are those of transformers, batched or not."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from demo.setup import embedder_path
+from demo.work import QUERIES, SENTENCES
+from shared.contract import InferenceRequest
+from shared.errors import BadRequest, ContextTooLong, EngineLoadError, FleetError, UnsupportedKind
+from shared.settings import ModelSpec, Settings
+from tests.tiny_models import CONTEXT, make_bert, make_llama, make_qwen
+from workers.engines import engine_class
+from workers.engines.base import EngineOutput, LoadedModel
+from workers.engines.onnx_export import META
+
+PROMPTS = 200
+MAX_TOKENS = 12
+DECODERS = {"llama": make_llama, "qwen": make_qwen}
+ENGINES = ("pytorch", "onnx")
+
+pytestmark = [pytest.mark.xdist_group("engines"), pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small models run faster on one thread, and leave the other to the tests beside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where models and conversions are."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def load(folder: Path) -> Callable[..., LoadedModel]:
+    """Loads a model with an engine, once."""
+    kept: dict[tuple[str, str], LoadedModel] = {}
+
+    def load(engine: str, name: str, path: Path, **spec: object) -> LoadedModel:
+        if (engine, name) not in kept:
+            settings = Settings.model_validate({"models": {"cache_dir": str(folder / "cache")}})
+            declared = ModelSpec.model_validate(
+                {"name": name, "path": str(path), "options": {"onnx": {"intra_op_threads": 1}}, **spec}
+            )
+            kept[engine, name] = engine_class(engine)(settings).load(declared)  # type: ignore[arg-type]
+            kept[engine, name].warmup()
+        return kept[engine, name]
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def paths(folder: Path) -> dict[str, Path]:
+    """The tiny models."""
+    makers = {**DECODERS, "bert": make_bert}
+    return {name: make(folder / name) for name, make in makers.items()}
+
+
+def prompts(count: int = PROMPTS) -> list[str]:
+    """Texts of mixed length."""
+    rng = random.Random(4)
+    return ["".join(rng.choice("abcdefghij klmnop.éß你") for _ in range(rng.choice((1, 3, 9, 30, 60)))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def reference(paths: dict[str, Path]) -> dict[str, list[list[int]]]:
+    """Greedy tokens of transformers.generate, each prompt alone."""
+    out = {}
+    for name in DECODERS:
+        model = AutoModelForCausalLM.from_pretrained(paths[name], dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(paths[name])
+        rows = []
+        for prompt in prompts():
+            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+            full = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=MAX_TOKENS)
+            rows.append([token for token in full[0, ids.shape[1] :].tolist() if token != tokenizer.eos_token_id])
+        out[name] = rows
+    return out
+
+
+def run(model: LoadedModel, requests: list[InferenceRequest], size: int) -> list[EngineOutput | FleetError]:
+    """The outcomes of requests that are run in batches of ``size``."""
+    out: dict[int, EngineOutput | FleetError] = {}
+    for first in range(0, len(requests), size):
+
+        def emit(index: int, outcome: EngineOutput | FleetError, first: int = first) -> None:
+            assert first + index not in out, "a member is answered once"
+            out[first + index] = outcome
+
+        model.infer(requests[first : first + size], emit)
+    return [out[index] for index in range(len(requests))]
+
+
+def generate(prompt: str, **params: object) -> InferenceRequest:
+    """A generate request."""
+    return InferenceRequest.parse({"model": "m", "inputs": {"prompt": prompt}, "params": {"max_tokens": MAX_TOKENS, **params}})
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("size", [1, 8, 64])
+def test_greedy_tokens_equal_transformers(load, paths, reference, engine: str, name: str, size: int) -> None:
+    """200 prompts of mixed length, alone and in batches: token for token what transformers.generate gives each alone."""
+    model = load(engine, name, paths[name])
+
+    found = run(model, [generate(prompt) for prompt in prompts()], size)
+
+    assert [outcome.outputs["token_ids"] for outcome in found] == reference[name]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_embeddings_equal_transformers(load, paths, engine: str) -> None:
+    """Mean-pooled BERT vectors, batched: within 1e-4 cosine distance of transformers run on each text alone."""
+    model = load(engine, "bert", paths["bert"], kinds=["embed"])
+    tokenizer = AutoTokenizer.from_pretrained(paths["bert"])
+    plain = AutoModel.from_pretrained(paths["bert"], dtype=torch.float32).eval()
+    texts = prompts()
+
+    requests = [
+        InferenceRequest.parse({"model": "m", "kind": "embed", "inputs": {"texts": texts[i : i + 4]}})
+        for i in range(0, len(texts), 4)
+    ]
+    vectors = np.array([v for outcome in run(model, requests, 8) for v in outcome.outputs["embeddings"]])
+
+    with torch.inference_mode():
+        alone = np.stack(
+            [plain(tokenizer(t, return_tensors="pt")["input_ids"]).last_hidden_state[0].mean(0).numpy() for t in texts]
+        )
+    cosine = (vectors * alone).sum(1) / np.linalg.norm(alone, axis=1) / np.linalg.norm(vectors, axis=1)
+    assert (1 - cosine).max() < 1e-4
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_real_embedding_weights_find_the_sensible_sentence(load, engine: str) -> None:
+    """With real weights the nearest sentence to each question is on its subject."""
+    model = load(engine, "minilm", embedder_path(), kinds=["embed"])
+    texts = [*SENTENCES, *(query for query, _ in QUERIES)]
+
+    (outcome,) = run(model, [InferenceRequest.parse({"model": "m", "kind": "embed", "inputs": {"texts": texts}})], 1)
+
+    vectors = np.array(outcome.outputs["embeddings"])
+    assert outcome.outputs["dimensions"] == 384
+    nearest = (vectors[len(SENTENCES) :] @ vectors[: len(SENTENCES)].T).argmax(1)
+    assert [int(place) // 2 for place in nearest] == [sensible // 2 for _, sensible in QUERIES]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_seeded_request_does_not_depend_on_its_batch(load, paths, engine: str) -> None:
+    """The same seed gives the same tokens alone, in company, and next to greedy rows; another seed gives others."""
+    model = load(engine, "llama", paths["llama"])
+    sampled = generate("abc", temperature=1.5, top_p=0.9, top_k=50, seed=3)
+
+    (alone,) = run(model, [sampled], 1)
+    company = run(model, [generate("hello there"), sampled, generate("x", temperature=1.0, seed=9), sampled], 4)
+    (other,) = run(model, [generate("abc", temperature=1.5, top_p=0.9, top_k=50, seed=4)], 1)
+
+    assert company[1].outputs == company[3].outputs == alone.outputs
+    assert other.outputs["token_ids"] != alone.outputs["token_ids"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_stop_strings_cut_the_text(load, paths, engine: str) -> None:
+    """The answer ends before the first stop string and says so; without one it ends at max_tokens."""
+    model = load(engine, "llama", paths["llama"])
+    (whole,) = run(model, [generate("abc", ignore_eos=True)], 1)
+    stop = whole.outputs["text"][3:5]
+
+    (stopped,) = run(model, [generate("abc", ignore_eos=True, stop=[stop, "never there"])], 1)
+
+    assert (whole.outputs["finish_reason"], whole.usage.completion_tokens) == ("length", MAX_TOKENS)
+    assert stopped.outputs["finish_reason"] == "stop"
+    assert stopped.outputs["text"] == whole.outputs["text"][: whole.outputs["text"].index(stop)]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_members_of_different_length_end_by_themselves(load, paths, engine: str) -> None:
+    """Short answers are reported before long ones of the same batch are done, and each has its own length."""
+    model = load(engine, "qwen", paths["qwen"])
+    wanted = [3, 40, 1, 20, 7]
+    order: list[int] = []
+    lengths: dict[int, int] = {}
+
+    def emit(index: int, outcome: EngineOutput | FleetError) -> None:
+        order.append(index)
+        lengths[index] = len(outcome.outputs["token_ids"])
+
+    model.infer([generate(f"prompt {n}", max_tokens=n, ignore_eos=True) for n in wanted], emit)
+
+    assert order == [2, 0, 4, 3, 1]
+    assert [lengths[index] for index in range(5)] == wanted
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_prompt_beyond_the_context_fails_alone(load, paths, engine: str) -> None:
+    """The one that does not fit is told both numbers; the others are answered; an answer is cut at the context."""
+    model = load(engine, "llama", paths["llama"])
+
+    found = run(model, [generate("fine"), generate("x" * CONTEXT), generate("y" * (CONTEXT - 5), ignore_eos=True)], 3)
+
+    assert isinstance(found[1], ContextTooLong)
+    assert f"{CONTEXT} tokens" in str(found[1])
+    assert found[0].usage.prompt_tokens == 4
+    assert found[2].usage.completion_tokens == 5
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_chat_goes_through_the_models_template(load, paths, engine: str) -> None:
+    """A chat is rendered with the model's template and answered as a message."""
+    model = load(engine, "llama", paths["llama"])
+    chat = InferenceRequest.parse(
+        {"model": "m", "kind": "chat", "inputs": {"messages": [{"role": "user", "content": "hi"}]}, "params": {"max_tokens": 4}}
+    )
+
+    (outcome,) = run(model, [chat], 1)
+    (same,) = run(model, [generate("<|user|>hi<|end|><|assistant|>", max_tokens=4)], 1)
+
+    assert outcome.outputs["message"] == {"role": "assistant", "content": outcome.outputs["text"]}
+    assert outcome.outputs["token_ids"] == same.outputs["token_ids"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_kind_the_model_does_not_serve(load, paths, engine: str) -> None:
+    """Asking a decoder that is not declared for it to embed is the caller's error."""
+    model = load(engine, "bert", paths["bert"], kinds=["embed"])
+
+    (outcome,) = run(model, [generate("x")], 1)
+
+    assert isinstance(outcome, UnsupportedKind)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_missing_model_is_named_with_what_to_do(folder, engine: str) -> None:
+    """A path where nothing is fails the load with the path and the key to set."""
+    settings = Settings.model_validate({"models": {"cache_dir": str(folder / "cache")}})
+
+    with pytest.raises(EngineLoadError, match=r"nothing at '/no/such/model'.*models.catalog.gone.path"):
+        engine_class(engine)(settings).load(ModelSpec(name="gone", path="/no/such/model"))  # type: ignore[arg-type]
+
+
+def test_conversion_is_reused_and_follows_the_weights(load, paths, folder, tmp_path) -> None:
+    """A converted model is not converted again; other weights or options get a conversion of their own."""
+    from workers.engines.onnx_export import converted
+
+    settings = Settings.model_validate({"models": {"cache_dir": str(folder / "cache")}})
+    spec = ModelSpec(name="llama", path=str(paths["llama"]))
+    first, conversion = converted(spec, settings)
+    stamp = (first / META).stat().st_mtime_ns
+
+    again, _ = converted(spec, settings)
+    torch.manual_seed(99)
+    other, _ = converted(spec.model_copy(update={"path": str(make_llama(tmp_path / "llama"))}), settings)
+
+    assert (again, (again / META).stat().st_mtime_ns) == (first, stamp)
+    assert conversion.difference < 1e-4
+    assert other == first, "the same weights are the same conversion, wherever they lie"
+    assert not list(first.parent.glob(".converting-*"))
+
+
+def test_a_conversion_that_deviates_does_not_serve(paths, tmp_path) -> None:
+    """Above the tolerance the conversion is refused with both numbers, and nothing of it is kept."""
+    settings = Settings.model_validate(
+        {"models": {"cache_dir": str(tmp_path)}, "optimization": {"onnx": {"validation_tolerance": 1e-12}}}
+    )
+
+    with pytest.raises(EngineLoadError, match="deviates from the original"):
+        engine_class("onnx")(settings).load(ModelSpec(name="strict", path=str(paths["qwen"])))  # type: ignore[arg-type]
+
+    assert list((tmp_path / "onnx").iterdir()) == []
+
+
+def test_quantised_conversion_says_what_it_costs(paths, tmp_path) -> None:
+    """Dynamic quantisation is validated by its own measure, and the cost is recorded."""
+    settings = Settings.model_validate(
+        {"models": {"cache_dir": str(tmp_path)}, "optimization": {"onnx": {"enable_quantization": True}}}
+    )
+
+    model = engine_class("onnx")(settings).load(ModelSpec(name="small", path=str(paths["llama"])))  # type: ignore[arg-type]
+
+    assert model.conversion.quantised
+    assert 0 < model.conversion.difference <= 0.05
+    assert isinstance(run(model, [generate("abc")], 1)[0], EngineOutput)
+
+
+def test_no_installed_execution_provider(paths, folder) -> None:
+    """When none of the configured providers is installed the error names them and what there is."""
+    settings = Settings.model_validate(
+        {"models": {"cache_dir": str(folder / "cache")}, "optimization": {"onnx": {"execution_providers": ["TensorrtExecutionProvider"]}}}
+    )
+
+    with pytest.raises(EngineLoadError, match="TensorrtExecutionProvider.*CPUExecutionProvider"):
+        engine_class("onnx")(settings).load(ModelSpec(name="llama", path=str(paths["llama"])))  # type: ignore[arg-type]
+
+
+def test_a_model_without_a_chat_template(paths, tmp_path) -> None:
+    """Chat without a template is refused with what to use instead."""
+    import shutil
+
+    copy = shutil.copytree(paths["llama"], tmp_path / "plain")
+    (copy / "chat_template.jinja").unlink()
+    model = engine_class("pytorch")(Settings()).load(ModelSpec(name="plain", path=str(copy)))  # type: ignore[arg-type]
+    chat = InferenceRequest.parse({"model": "m", "kind": "chat", "inputs": {"messages": [{"role": "user", "content": "hi"}]}})
+
+    (outcome,) = run(model, [chat], 1)
+
+    assert isinstance(outcome, BadRequest)
+    assert "kind=generate" in str(outcome)
