@@ -6,6 +6,7 @@ from typing import Any
 
 from celery import Celery, Task
 from kombu import Queue
+from kombu.transport import TRANSPORT_ALIASES
 
 from shared import keys
 from shared.contract import TASK_NAME, EngineName
@@ -13,6 +14,10 @@ from shared.errors import FleetError
 from shared.settings import Settings
 from workers.fleet import Fleet
 from workers.steps import EngineStep, IntakeStep
+
+
+TRANSPORT = "muai-redis"
+TRANSPORT_ALIASES[TRANSPORT] = "workers.transport:Transport"
 
 
 class Infer(Task):  # type: ignore[misc]
@@ -41,11 +46,10 @@ def create_app(settings: Settings) -> FleetApp:
     app.fleet = fleet
     app.conf.update(
         broker_url=settings.fleet.redis_url,
-        broker_transport="workers.transport:Transport",
+        broker_transport=TRANSPORT,
         broker_transport_options=fleet.transport_options(),
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        broker_pool_limit=2,
         result_backend=settings.fleet.redis_url,
         result_expires=settings.fleet.result_expires_seconds,
         redis_socket_timeout=settings.fleet.socket_timeout_seconds,

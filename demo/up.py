@@ -1,0 +1,71 @@
+"""``make up``: the Procfile's processes through honcho, with a broker and a configuration where none are given."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import sys
+from pathlib import Path
+
+from honcho import manager
+
+from demo.fleet import STOP_SECONDS, procfile
+from demo.setup import broker, write_configuration
+from shared.masking import masked_url as masked
+from shared.errors import FleetError
+
+RUN = Path(".muai/up")
+SUBMIT = """\
+submit to it from another shell in this folder:
+
+  export REDIS_URL='{url}' MUAI_CONFIG='{config}'
+  {bin}/muai submit --model demo --prompt '12+34='
+  {bin}/muai status
+
+Flower: http://127.0.0.1:{flower_port}  (user and password: {auth})
+stop with Ctrl-C
+"""
+
+
+def main() -> int:
+    """Run until told to stop."""
+    try:
+        given = os.environ.get("MUAI_CONFIG")
+        config = Path(given) if given else write_configuration(RUN / "fleet.yaml", os.environ.get("MODEL") or None)
+        with broker(RUN / "broker") as url:
+            return run(url, config.resolve())
+    except FleetError as error:
+        print(error.message, file=sys.stderr)
+        return 1
+
+
+def run(url: str, config: Path) -> int:
+    """Say how to submit, and run the processes until a signal or the end of one of them."""
+    binaries = Path(sys.executable).parent
+    auth = os.environ.get("FLOWER_BASIC_AUTH") or f"muai:{secrets.token_urlsafe(12)}"
+    flower_port = os.environ.get("FLOWER_PORT", "5555")
+    environ = {
+        **os.environ, "REDIS_URL": url, "MUAI_CONFIG": str(config), "PYTHONUNBUFFERED": "1",
+        "PATH": os.pathsep.join([str(binaries), os.environ.get("PATH", "")]),
+        "FLOWER_BASIC_AUTH": auth, "FLOWER_PORT": flower_port,
+    }  # fmt: skip
+    generated = "FLOWER_BASIC_AUTH" not in os.environ
+    print(
+        SUBMIT.format(
+            url=masked(url), config=config, bin=binaries, flower_port=flower_port,
+            auth=auth.replace(":", " ", 1) if generated else "from FLOWER_BASIC_AUTH",
+        ),
+        flush=True,
+    )  # fmt: skip
+    manager.KILL_WAIT = STOP_SECONDS
+    processes = manager.Manager()
+    for name, command in procfile().items():
+        # Without the shell in between, a stop reaches the process itself, and waits for it.
+        processes.add_process(name, f"exec {command}", env=environ)
+    processes.loop()
+    return 0 if processes.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM) else int(processes.returncode or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
