@@ -60,8 +60,8 @@ def show(console: Console, found: Report, seconds: float, *, judged: bool) -> No
     for job, _ in found.errors:
         first = str((job.request.get("engine_preference") or ["none"])[0])
         failed[first] = failed.get(first, 0) + 1
-    table = Table(title="what the engines did (queue wait and latency in ms)", title_justify="left")
-    for column in ("engine", "requests", "errors", "batch", "largest", "queued", "p50", "p95", "p99", "tokens/s"):
+    table = Table(title="what each engine did: mean and largest batch; queue wait (p50) and latency in ms; tokens/s", title_justify="left")
+    for column in ("engine", "sent", "errors", "batch", "max", "queued", "p50", "p95", "p99", "tok/s"):
         table.add_column(column, justify="left" if column == "engine" else "right")
     for name in sorted({*found.engines, *failed}):
         row = found.engines.get(name)

@@ -26,6 +26,11 @@ def procfile(path: Path = Path("Procfile")) -> dict[str, str]:
     return {name.strip(): command.strip() for name, _, command in lines}
 
 
+def threads() -> dict[str, str]:
+    """Half of the processors for each engine: two that each want all of them spend their time waiting for each other."""
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}
+
+
 class LocalFleet:
     """Processes of the fleet, each with a log file.
 
@@ -39,7 +44,7 @@ class LocalFleet:
         self._commands = {name: command for name, command in procfile().items() if name in set(names)}
         # The environment that runs this: its commands come first, whether it was activated or not.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        self._environ = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **environ}
+        self._environ = {**threads(), **os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **environ}
         self._logs = logs
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from honcho import manager
 
-from demo.fleet import STOP_SECONDS, procfile
+from demo.fleet import STOP_SECONDS, procfile, threads
 from demo.setup import broker, write_configuration
 from shared.masking import masked_url as masked
 from shared.errors import FleetError
@@ -46,7 +46,7 @@ def run(url: str, config: Path) -> int:
     auth = os.environ.get("FLOWER_BASIC_AUTH") or f"muai:{secrets.token_urlsafe(12)}"
     flower_port = os.environ.get("FLOWER_PORT", "5555")
     environ = {
-        **os.environ, "REDIS_URL": url, "MUAI_CONFIG": str(config), "PYTHONUNBUFFERED": "1",
+        **threads(), **os.environ, "REDIS_URL": url, "MUAI_CONFIG": str(config), "PYTHONUNBUFFERED": "1",
         "PATH": os.pathsep.join([str(binaries), os.environ.get("PATH", "")]),
         "FLOWER_BASIC_AUTH": auth, "FLOWER_PORT": flower_port,
     }  # fmt: skip

@@ -27,6 +27,7 @@ from workers.intake import Intake, Services
 from workers.models import ModelManager
 from workers.runner import EngineRunner
 from workers.sweeper import Sweeper
+from workers.transport import Services as TransportServices
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +56,7 @@ class Fleet:
         """What the transport needs of us, and time limits on its connections."""
         fleet = self.settings.fleet
         return {
-            "delivery": self.delivery,
-            "leases": self.leases,
-            "intakes": self.intakes,
+            "services": TransportServices(self.delivery, self.leases, self.intakes),
             "socket_timeout": fleet.socket_timeout_seconds,
             "socket_connect_timeout": fleet.connect_timeout_seconds,
             "socket_keepalive": True,

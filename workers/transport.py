@@ -13,6 +13,7 @@ its sleep takes nothing with it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from kombu.transport import redis as kombu_redis
@@ -40,6 +41,19 @@ class _Waiter:
     """Holds the waiting connection where kombu's poller looks for a client's connection."""
 
     connection: Any = None
+
+
+class Services(dict[str, Any]):
+    """What the transport needs of the worker: handed over among the transport options.
+
+    Remote control shows these options as JSON; there this is an empty object.
+    """
+
+    def __init__(self, delivery: Delivery, leases: LeaseKeeper, intakes: Mapping[str, Intake]) -> None:
+        super().__init__()
+        self.delivery = delivery
+        self.leases = leases
+        self.intakes = intakes
 
 
 class LeaseQoS(kombu_redis.virtual.QoS):
@@ -94,11 +108,9 @@ class Channel(kombu_redis.Channel):
     """A channel that claims."""
 
     QoS = LeaseQoS
-    delivery: Delivery
-    leases: LeaseKeeper
-    intakes: dict[str, Intake]
+    services: Services
 
-    from_transport_options = kombu_redis.Channel.from_transport_options + ("delivery", "leases", "intakes")
+    from_transport_options = (*kombu_redis.Channel.from_transport_options, "services")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.waiter = _Waiter()
@@ -106,6 +118,9 @@ class Channel(kombu_redis.Channel):
         self._armed_for: set[str] = set()
         self._backlog: dict[str, int] = {}
         super().__init__(*args, **kwargs)
+        self.delivery = self.services.delivery
+        self.leases = self.services.leases
+        self.intakes = self.services.intakes
 
     # -- waiting ---------------------------------------------------------------------------------------------------------
 
