@@ -212,7 +212,8 @@ def _parse_answer(raw: bytes) -> tuple[int, str, str | None]:
         data = orjson.loads(raw)
     except orjson.JSONDecodeError:
         raise BadRequest("is not JSON") from None
-    if not isinstance(data, dict) or not isinstance(number := data.get("line"), int) or number < 1:
+    number = data.get("line") if isinstance(data, dict) else None
+    if type(number) is not int or number < 1:
         raise BadRequest("has no line number")
     if "result" in data:
         return number, str(data.get("id")), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -57,6 +58,8 @@ Timeout = Annotated[float | None, typer.Option("--timeout", min=0.001, help="Sec
 
 def main() -> None:
     """The entry point of the ``muai`` command."""
+    # A lost broker is reported by the command that needs it, once; the reader would say it every half second.
+    logging.getLogger("producer.replies").setLevel(logging.ERROR)
     try:
         app()
     except FleetError as error:

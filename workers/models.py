@@ -113,18 +113,22 @@ class ModelManager:
         except BadRequest:
             raise
         except FleetError as error:
-            self._failed[spec.name] = (time.monotonic(), error)
+            self._fail(spec, error)
             raise
         except Exception as error:
             wrapped = EngineLoadError(
                 f"the {self.engine.name} engine cannot load {spec.name!r}: {type(error).__name__}: {error}"
             )
-            self._failed[spec.name] = (time.monotonic(), wrapped)
+            self._fail(spec, wrapped)
             raise wrapped from error
         self._failed.pop(spec.name, None)
         self._loaded[spec.name] = model
         self._record(ModelEvent(spec.name, "load", time.perf_counter() - started))
         return model
+
+    def _fail(self, spec: ModelSpec, error: FleetError) -> None:
+        self._failed[spec.name] = (time.monotonic(), error)
+        logger.error("%s: cannot load %s: %s", self.engine.name, spec.name, error)
 
     def _record(self, event: ModelEvent) -> None:
         self.events.append(event)

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from shared.contract import InferenceRequest
@@ -71,10 +72,8 @@ class EngineRunner:
 
     def _run(self) -> None:
         for name in self._preload:
-            try:
+            with suppress(FleetError):  # it is logged and announced; requests for it go to other engines
                 self.models.get(name)
-            except FleetError as error:
-                logger.error("%s cannot serve %s: %s", self.models.engine.name, name, error)
         self.loaded.set()
         while (batch := self._inbox.get()) is not None:
             started = time.perf_counter()

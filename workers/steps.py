@@ -7,7 +7,7 @@ from typing import Any
 
 from celery import bootsteps
 from celery.app.task import Task
-from celery.exceptions import WorkerTerminate
+from celery.exceptions import WorkerShutdown
 from celery.worker.consumer import Consumer
 from celery.worker.strategy import default as default_strategy
 
@@ -42,7 +42,7 @@ class EngineStep(bootsteps.StartStopStep):
             fleet_of(worker.app).serve(worker.app, worker.app.amqp.queues.consume_from)
         except FleetError as error:
             logger.critical("%s", error.message)
-            raise WorkerTerminate(1) from error
+            raise WorkerShutdown(1) from error
 
     def stop(self, worker: Any) -> None:
         """Unload."""
