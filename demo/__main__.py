@@ -39,7 +39,9 @@ def main() -> int:
                 console.print(f"ready after {time.monotonic() - started:.1f} s; submitting {len(jobs)} requests")
                 begun = time.monotonic()
                 outcomes = list(
-                    client.map((job.request for job in jobs), progress=True, errors="yield", timeout=120, total=len(jobs))
+                    client.map(
+                        (job.request for job in jobs), progress=True, errors="yield", timeout=120, total=len(jobs)
+                    )
                 )
                 seconds = time.monotonic() - begun
     except FleetError as error:
@@ -60,7 +62,10 @@ def show(console: Console, found: Report, seconds: float, *, judged: bool) -> No
     for job, _ in found.errors:
         first = str((job.request.get("engine_preference") or ["none"])[0])
         failed[first] = failed.get(first, 0) + 1
-    table = Table(title="what each engine did: mean and largest batch; queue wait (p50) and latency in ms; tokens/s", title_justify="left")
+    table = Table(
+        title="what each engine did: mean and largest batch; queue wait (p50) and latency in ms; tokens/s",
+        title_justify="left",
+    )
     for column in ("engine", "sent", "errors", "batch", "max", "queued", "p50", "p95", "p99", "tok/s"):
         table.add_column(column, justify="left" if column == "engine" else "right")
     for name in sorted({*found.engines, *failed}):

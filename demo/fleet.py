@@ -27,7 +27,7 @@ def procfile(path: Path = Path("Procfile")) -> dict[str, str]:
 
 
 def threads() -> dict[str, str]:
-    """Half of the processors for each engine: two that each want all of them spend their time waiting for each other."""
+    """Half of the processors for each engine: two that each want all of them wait for each other."""
     return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}
 
 
@@ -58,7 +58,9 @@ class LocalFleet:
                 )  # fmt: skip
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for process in self._processes.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -80,7 +82,9 @@ class LocalFleet:
                 return
             for name, process in self._processes.items():
                 if process.poll() is not None:
-                    raise FleetError(f"the {name} process ended with {process.returncode}; its log ends:\n{self.tail(name)}")
+                    raise FleetError(
+                        f"the {name} process ended with {process.returncode}; its log ends:\n{self.tail(name)}"
+                    )
             if time.monotonic() > deadline:
                 missing = ", ".join(sorted(wanted - alive))
                 raise FleetError(f"no worker for {missing} after {READY_SECONDS:.0f} s; see {self._logs}")

@@ -1,7 +1,7 @@
 """Trains the demo model: ``make demo-model``. A small Llama that adds, reverses and sorts, letter by letter.
 
-It is trained on a CPU in minutes, with a fixed seed. What it writes (``demo/model``) loads with ``transformers`` like any
-other model; the accuracy on questions it never saw goes into its README.
+It is trained on a CPU in minutes, with a fixed seed. What it writes (``demo/model``) loads with ``transformers`` like
+any other model; the accuracy on questions it never saw goes into its README.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ def accuracy(model: LlamaForCausalLM, encoder: Encoder, count: int, seed: int) -
 CARD = """# The demo model
 
 A Llama of {parameters:.2f} million parameters with one token per byte. It was trained by `demo/train.py`
-(`make demo-model` does it again: {steps} steps of {batch} questions, seed {seed}, on a CPU) to add two numbers below 100,
-to reverse words and to sort their letters, as a prompt to complete (`12+34=`) and as a chat (`What is 12+34?`).
+(`make demo-model` does it again: {steps} steps of {batch} questions, seed {seed}, on a CPU) to add two numbers below
+100, to reverse words and to sort their letters, as a prompt to complete (`12+34=`) and as a chat (`What is 12+34?`).
 It knows nothing else. Licence: Apache-2.0.
 
 Share of right answers to {count} questions of each kind that were kept out of training, greedy decoding:

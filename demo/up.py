@@ -12,8 +12,8 @@ from honcho import manager
 
 from demo.fleet import STOP_SECONDS, procfile, threads
 from demo.setup import broker, write_configuration
-from shared.masking import masked_url as masked
 from shared.errors import FleetError
+from shared.masking import masked_url as masked
 
 RUN = Path(".muai/up")
 SUBMIT = """\

@@ -124,8 +124,10 @@ def report(jobs: Sequence[Job], outcomes: Iterable[InferenceResult | FleetError]
             counts[job.task][1] += 1
         if "text" in outcome.outputs:
             samples.setdefault(f"{job.task}-{job.request['kind']}", (job, outcome))
-        for text, vector in zip(job.request["inputs"].get("texts", ()), outcome.outputs.get("embeddings", ()), strict=True):
-            vectors[text] = vector
+        for text, vector in zip(
+            job.request["inputs"].get("texts", ()), outcome.outputs.get("embeddings", ()), strict=True
+        ):
+            vectors[text] = vector  # noqa: PERF403
     right = {task: (good, total) for task, (good, total) in sorted(counts.items())}
     return Report(dict(engines), errors, right, list(samples.values())[:3], vectors)
 

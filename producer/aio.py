@@ -36,7 +36,8 @@ class AsyncHandle:
                 try:
                     return await asyncio.wait_for(asyncio.shield(future), POLL_SECONDS)
                 except TimeoutError:
-                    await asyncio.to_thread(self._handle._client.recover, self.id)
+                    if (found := await asyncio.to_thread(self._handle.look)) is not None:
+                        return found
 
     async def result(self, timeout: float | None = None) -> InferenceResult:
         """Wait for the result. Raises the request's error, or :class:`TimeoutError` after ``timeout`` seconds."""
@@ -78,7 +79,7 @@ class AsyncClient:
         return [AsyncHandle(handle) for handle in handles]
 
     async def map(self, requests: Any, **options: Any) -> AsyncIterator[InferenceResult | FleetError]:
-        """Submit many and yield their results in order, with bounded memory; the options are those of ``Client.map``."""
+        """Submit many and yield their results in order, in bounded memory; the options are those of ``Client.map``."""
         results = self._client.map(requests, **options)
         try:
             while (outcome := await asyncio.to_thread(next, results, None)) is not None:

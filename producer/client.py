@@ -75,7 +75,7 @@ class Client:
         self._replies.close()
         self._redis.close()
 
-    # -- submit ----------------------------------------------------------------------------------------------------------
+    # -- submit -----------------------------------------------------------------------------------------------------
 
     def submit(self, request: RequestLike | None = None, /, *, timeout: float | None = None, **fields: Any) -> Handle:
         """Submit one request, given as a value, a mapping or fields.
@@ -110,7 +110,10 @@ class Client:
         except FleetError:
             self._replies.forget(ids)
             raise
-        return [Handle(request_id, future, self) for request_id, future in zip(ids, futures, strict=True)]
+        return [
+            Handle(request.id, future, self, request.deadline)
+            for request, future in zip(prepared, futures, strict=True)
+        ]
 
     def map(
         self,
@@ -127,8 +130,8 @@ class Client:
         ``requests`` is read as results are taken, so memory stays bounded whatever its length. An item that is a result
         or an error already (of a line that could not be read, say) is yielded in its place. With
         ``errors="yield"`` an error takes its result's place and the rest go on; with ``"raise"`` the first one is
-        raised. ``timeout`` is each request's, in seconds. ``progress=True`` draws a bar on the terminal; ``total`` is how
-        many there will be, where ``requests`` has no length.
+        raised. ``timeout`` is each request's, in seconds. ``progress=True`` draws a bar on the terminal; ``total`` is
+        how many there will be, where ``requests`` has no length.
         """
         if total is None and isinstance(requests, Sequence):
             total = len(requests)
@@ -196,7 +199,7 @@ class Client:
                     pipe.lpush(name, *messages)
                 pipe.execute()
 
-    # -- requests that are under way ---------------------------------------------------------------------------------------
+    # -- requests that are under way --------------------------------------------------------------------------------
 
     def handle(self, request_id: str) -> Handle:
         """The handle of a request that was submitted before, by this client or another."""
@@ -231,7 +234,7 @@ class Client:
             self._replies.fulfil(record)
         return bool(cancelled)
 
-    # -- the fleet ---------------------------------------------------------------------------------------------------------
+    # -- the fleet --------------------------------------------------------------------------------------------------
 
     def fleet(self) -> list[WorkerInfo]:
         """The live workers."""
@@ -270,11 +273,11 @@ def _progress(progress: bool | Progress, total: int | None) -> tuple[Progress, C
     if callable(progress):
         return progress, lambda: None
     if not progress:
-        return lambda done, of: None, lambda: None
+        return lambda *_: None, lambda: None
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
     bar = Bar(TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), transient=True)
     task = bar.add_task("requests", total=total)
     bar.start()
-    return lambda done, of: bar.update(task, completed=done), bar.stop
+    return lambda done, _: bar.update(task, completed=done), bar.stop

@@ -58,7 +58,7 @@ def examine(settings: Settings | FleetError) -> Iterator[Finding]:
     yield from check_broker(settings)
 
 
-# --- this machine -----------------------------------------------------------------------------------------------------
+# --- this machine -------------------------------------------------------------------------------------------------
 
 VersionOf = Callable[[str], str | None]
 """The installed version of a distribution, ``None`` where it is not installed."""
@@ -173,7 +173,7 @@ def _lacks(module: str) -> bool:
     return find_spec(module) is None
 
 
-# --- models and disk --------------------------------------------------------------------------------------------------
+# --- models and disk ----------------------------------------------------------------------------------------------
 
 
 def check_models(settings: Settings) -> Iterator[Finding]:

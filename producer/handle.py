@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from producer.records import Outcome, RequestStatus
 from shared.contract import InferenceResult
-from shared.errors import FleetError
+from shared.errors import DeadlineExceeded, FleetError
 
 if TYPE_CHECKING:
     from producer.client import Client
@@ -17,15 +17,19 @@ if TYPE_CHECKING:
 POLL_SECONDS = 5.0
 """How often the stored result is looked up while nothing comes on the reply stream."""
 
+DEADLINE_GRACE_SECONDS = 5.0
+"""How long after a request's deadline a worker may take to say that it has passed."""
+
 
 class Handle:
     """One submitted request."""
 
-    __slots__ = ("_client", "future", "id")
+    __slots__ = ("_client", "deadline", "future", "id")
 
-    def __init__(self, request_id: str, future: Future[Outcome], client: Client) -> None:
+    def __init__(self, request_id: str, future: Future[Outcome], client: Client, deadline: float | None = None) -> None:
         self.id = request_id
         self.future = future
+        self.deadline = deadline
         self._client = client
 
     def __repr__(self) -> str:
@@ -40,16 +44,32 @@ class Handle:
         return self._client.status(self.id)
 
     def outcome(self, timeout: float | None = None) -> Outcome:
-        """The result or the error, as a value. Raises :class:`TimeoutError` after ``timeout`` seconds."""
+        """The result or the error, as a value. Raises :class:`TimeoutError` after ``timeout`` seconds.
+
+        A request whose own deadline passed while no worker was there to say so ends with
+        :class:`~shared.errors.DeadlineExceeded`.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            left = None if deadline is None else deadline - time.monotonic()
+            left = POLL_SECONDS if deadline is None else deadline - time.monotonic()
             try:
-                return self.future.result(POLL_SECONDS if left is None else max(0.0, min(left, POLL_SECONDS)))
+                return self.future.result(max(0.0, min(left, self._abandoned_in(), POLL_SECONDS)))
             except FutureTimeout:
-                self._client.recover(self.id)
+                if (found := self.look()) is not None:
+                    return found
                 if deadline is not None and time.monotonic() >= deadline and not self.future.done():
                     raise TimeoutError(f"request {self.id} has no result after {timeout} s") from None
+
+    def look(self) -> Outcome | None:
+        """Look for the result where it is stored; a request that nobody will answer any more has an error instead."""
+        found = self._client.recover(self.id)
+        if found is None and self._abandoned_in() <= 0 and not self.future.done():
+            return DeadlineExceeded("the request's deadline passed and no worker has answered")
+        return found
+
+    def _abandoned_in(self) -> float:
+        """Seconds until an answer is not to be expected any more."""
+        return float("inf") if self.deadline is None else self.deadline + DEADLINE_GRACE_SECONDS - time.time()
 
     def result(self, timeout: float | None = None) -> InferenceResult:
         """Wait for the result. Raises the request's error, or :class:`TimeoutError` after ``timeout`` seconds."""

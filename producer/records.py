@@ -11,9 +11,7 @@ from shared import errors
 from shared.contract import InferenceResult
 from shared.errors import Cancelled, FleetError
 
-_KNOWN = {
-    name: cls for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, FleetError)
-}
+_KNOWN = {name: cls for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, FleetError)}
 
 
 class RequestStatus(StrEnum):

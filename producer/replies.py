@@ -54,7 +54,7 @@ class ReplyReader:
                 self._waiting.pop(request_id, None)
 
     def fulfil(self, record: bytes | str) -> None:
-        """A record came: resolve its request's future. One that is not terminal, or that nobody waits for, is passed."""
+        """A record came: resolve its request's future. One that is not terminal, or not waited for, is passed."""
         request_id, outcome = read(record)
         if outcome is None:
             return

@@ -1,0 +1,1 @@
+"""What both sides of the queue need: contract, settings, errors, names, registry."""

@@ -57,7 +57,9 @@ class EmbeddedBroker:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     def start(self) -> None:
@@ -76,7 +78,9 @@ class EmbeddedBroker:
             # Somebody else may have taken the port between the look and the start: then another one will do.
             if self._fixed_port or self.port or attempt == BIND_ATTEMPTS - 1:
                 break
-        raise BrokerUnavailable(f"the embedded broker did not start on port {port}; the end of its log:\n{self._log_tail()}")
+        raise BrokerUnavailable(
+            f"the embedded broker did not start on port {port}; the end of its log:\n{self._log_tail()}"
+        )
 
     def stop(self) -> None:
         """Stop the server; its data stays in the directory."""
@@ -122,9 +126,8 @@ class EmbeddedBroker:
         try:
             while process is not None and process.poll() is None and time.monotonic() < deadline:
                 try:
-                    if client.info("server")["process_id"] == process.pid:
-                        return True
-                    return False  # somebody else's server has the port
+                    # A server of somebody else may have the port.
+                    return bool(client.info("server")["process_id"] == process.pid)
                 except redis.RedisError:
                     time.sleep(0.01)
             return False

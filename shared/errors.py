@@ -31,7 +31,7 @@ class BrokerUnavailable(FleetError):
     """The broker cannot be reached."""
 
 
-# --- the caller's errors: no other engine would answer differently -----------------------------------------------------
+# --- the caller's errors: no other engine would answer differently ------------------------------------------------
 
 
 class BadRequest(FleetError):
@@ -62,7 +62,7 @@ class NoEngineAvailable(FleetError):
     """No live worker can serve this request."""
 
 
-# --- how a request can end without a result ---------------------------------------------------------------------------
+# --- how a request can end without a result -----------------------------------------------------------------------
 
 
 class DeadlineExceeded(FleetError):
@@ -77,7 +77,7 @@ class DeadLettered(FleetError):
     """The request was given up and put into the dead-letter queue."""
 
 
-# --- the engine's errors: another engine may be tried -----------------------------------------------------------------
+# --- the engine's errors: another engine may be tried -------------------------------------------------------------
 
 
 class EngineError(FleetError):

@@ -1,10 +1,10 @@
-"""Names of queues and keys: the whole layout of the broker in one place.
+r"""Names of queues and keys: the whole layout of the broker in one place.
 
 Queues are kombu's own Redis lists, so that stock Celery producers and workers can use them. Everything that is ours is
 under ``muai:``.
 
 ======================================  ========================================================================
-``<queue>``, ``<queue>\\x06\\x16<step>``   lists of waiting messages; step 3, 6 or 9, the bare name is step 0
+``<queue>``, ``<queue>\x06\x16<step>``     lists of waiting messages; step 3, 6 or 9, the bare name is step 0
 ``muai:lease:index``                    zset lease id -> expiry, ms since the epoch
 ``muai:lease:messages``                 hash lease id -> list the message came from, newline, message
 ``muai:lease:next``                     counter that lease ids come from

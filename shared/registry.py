@@ -41,8 +41,7 @@ class WorkerInfo(Value):
     def serves(self, engine: EngineName, model: str, kind: Kind) -> bool:
         """Whether this worker can answer a request of this kind for this model with this engine."""
         return any(
-            info.name is engine and model in info.models and kind in info.models[model].kinds
-            for info in self.engines
+            info.name is engine and model in info.models and kind in info.models[model].kinds for info in self.engines
         )
 
 

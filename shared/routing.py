@@ -60,19 +60,17 @@ def choose(
 
 
 def _explain_refusal(request: InferenceRequest, workers: list[WorkerInfo]) -> None:
-    offered = {
-        name: model
-        for worker in workers
-        for info in worker.engines
-        for name, model in info.models.items()
-    }
+    offered = {name: model for worker in workers for info in worker.engines for name, model in info.models.items()}
     if not offered:
         return
     if request.model not in offered:
-        raise UnknownModel(f"no live worker has a model named {request.model!r}; there are: {', '.join(sorted(offered))}")
+        raise UnknownModel(
+            f"no live worker has a model named {request.model!r}; there are: {', '.join(sorted(offered))}"
+        )
     if not any(
         request.model in info.models and request.kind in info.models[request.model].kinds
-        for worker in workers for info in worker.engines
+        for worker in workers
+        for info in worker.engines
     ):
         kinds = ", ".join(offered[request.model].kinds)
         raise UnsupportedKind(f"model {request.model!r} does not serve {request.kind} requests; it serves: {kinds}")

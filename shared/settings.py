@@ -25,7 +25,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
-# --- optimization -----------------------------------------------------------------------------------------------------
+# --- optimization -------------------------------------------------------------------------------------------------
 
 
 class VLLMSettings(Section):
@@ -164,7 +164,7 @@ class OptimizationSettings(Section):
         return bool(getattr(self, engine).enabled)
 
 
-# --- monitoring -------------------------------------------------------------------------------------------------------
+# --- monitoring ---------------------------------------------------------------------------------------------------
 
 
 class PrometheusSettings(Section):
@@ -236,7 +236,7 @@ class MonitoringSettings(Section):
     server: ServerSettings = ServerSettings()
 
 
-# --- models -----------------------------------------------------------------------------------------------------------
+# --- models -------------------------------------------------------------------------------------------------------
 
 
 class ModelSpec(Section):
@@ -274,7 +274,7 @@ class ModelsSettings(Section):
         return self
 
 
-# --- fleet ------------------------------------------------------------------------------------------------------------
+# --- fleet --------------------------------------------------------------------------------------------------------
 
 
 class FleetSettings(Section):

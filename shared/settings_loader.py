@@ -92,7 +92,7 @@ def _get(tree: Any, path: Sequence[str | int]) -> Any:
     return tree
 
 
-# --- explaining what is wrong -----------------------------------------------------------------------------------------
+# --- explaining what is wrong -------------------------------------------------------------------------------------
 
 
 def _explain(error: ErrorDetails, tree: Any, content: FileContent, overrides: Overrides) -> str:

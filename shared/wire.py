@@ -128,7 +128,11 @@ def own_header(headers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def success_meta(
-    task_id: str, result: Mapping[str, Any], *, done: str, extra: Mapping[str, Any] | None = None,
+    task_id: str,
+    result: Mapping[str, Any],
+    *,
+    done: str,
+    extra: Mapping[str, Any] | None = None,
     children: Sequence[Any] = (),
 ) -> bytes:
     """Celery's result record of a success. ``done`` is an ISO 8601 time."""

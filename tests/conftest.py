@@ -84,11 +84,26 @@ class FleetUnderTest:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("MUAI_")}
         return {**kept, "REDIS_URL": self.url, "MUAI_CONFIG": str(self.config), "OMP_NUM_THREADS": "1"}
 
-    def start_worker(self, queues: str = "fake", *, wait: bool = True, environ: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    def start_worker(
+        self, queues: str = "fake", *, wait: bool = True, environ: dict[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         """Start ``celery -A workers worker -Q <queues>`` and wait until it lives."""
         number = len(self.processes)
         log = self.folder / f"worker-{number}.log"
-        command = [sys.executable, "-m", "celery", "-A", "workers", "worker", "-Q", queues, "-l", "info", "-n", f"w{number}@%h"]
+        command = [
+            sys.executable,
+            "-m",
+            "celery",
+            "-A",
+            "workers",
+            "worker",
+            "-Q",
+            queues,
+            "-l",
+            "info",
+            "-n",
+            f"w{number}@%h",
+        ]
         with log.open("wb") as out:
             process = subprocess.Popen(
                 command, cwd=ROOT, env={**self.environ, **(environ or {})}, stdin=subprocess.DEVNULL, stdout=out,
@@ -142,7 +157,9 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def make_fleet(broker: EmbeddedBroker, redis_client: redis.Redis, tmp_path: Path) -> Iterator[Callable[..., FleetUnderTest]]:
+def make_fleet(
+    broker: EmbeddedBroker, redis_client: redis.Redis, tmp_path: Path
+) -> Iterator[Callable[..., FleetUnderTest]]:
     """Makes fleets on an empty broker: ``make_fleet(fleet={"lease_seconds": 2})``; the fake model is declared."""
     made: list[FleetUnderTest] = []
 

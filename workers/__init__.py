@@ -1,0 +1,1 @@
+"""The workers: the Celery app, the batching consumer and the engines."""

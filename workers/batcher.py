@@ -1,10 +1,10 @@
 """Micro-batching: which waiting requests run together, and when. Pure: no clock, no thread, no broker.
 
 Requests with equal keys may share a batch. A batch is due when it is full (by requests or by tokens), when its oldest
-member has waited for the timeout, or, with adaptive batching, as soon as waiting cannot pay. The last rule is for closed
-loops: callers that were answered together are likely to come back together, so a partial batch waits for as many as ran
-last time, but only while they keep coming: the patience between two arrivals is a small share of what a batch takes. A
-lone request follows a batch of one, so it never waits.
+member has waited for the timeout, or, with adaptive batching, as soon as waiting cannot pay. The last rule is for
+closed loops: callers that were answered together are likely to come back together, so a partial batch waits for as many
+as ran last time, but only while they keep coming: the patience between two arrivals is a small share of what a batch
+takes. A lone request follows a batch of one, so it never waits.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class Batcher(Generic[T]):
         self._size = 0
         return [member.item for member in members]
 
-    # -- rules -----------------------------------------------------------------------------------------------------------
+    # -- rules ------------------------------------------------------------------------------------------------------
 
     def _due(self, key: Hashable, group: _Group[T], now: float) -> FlushReason | None:
         limits = self.limits

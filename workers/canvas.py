@@ -29,9 +29,9 @@ class Canvas:
         if embed is None:
             return []
         options = {"parent_id": item.id, "root_id": item.headers.get("root_id"), "priority": item.priority}
-        children: list[AsyncResult[Any]] = []
-        for callback in embed.get("callbacks") or ():
-            children.append(self._signature(callback).apply_async((result,), **options))
+        children: list[AsyncResult[Any]] = [
+            self._signature(callback).apply_async((result,), **options) for callback in embed.get("callbacks") or ()
+        ]
         rest = list(embed.get("chain") or ())
         if rest:
             children.append(self._signature(rest.pop()).apply_async((result,), chain=rest, **options))

@@ -12,15 +12,15 @@ from shared import keys
 from shared.contract import TASK_NAME, EngineName
 from shared.errors import FleetError
 from shared.settings import Settings
+from workers.control import watch
 from workers.fleet import Fleet
 from workers.steps import EngineStep, IntakeStep
-
 
 TRANSPORT = "muai-redis"
 TRANSPORT_ALIASES[TRANSPORT] = "workers.transport:Transport"
 
 
-class Infer(Task):  # type: ignore[misc]
+class Infer(Task):
     """The task that requests are calls of. Its messages go to the engine's intake, never through the pool."""
 
     name = TASK_NAME
@@ -75,10 +75,12 @@ def create_app(settings: Settings) -> FleetApp:
         worker_enable_prefetch_count_reduction=False,
         worker_hijack_root_logger=True,
         worker_redirect_stdouts=False,
+        beat_max_loop_interval=5,
         event_queue_expires=60,
         event_queue_ttl=30,
     )
     app.register_task(Infer())
+    watch.register(app, fleet.client, fleet.registry)
     app.steps["worker"].add(EngineStep)
     app.steps["consumer"].add(IntakeStep)
     return app

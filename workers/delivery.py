@@ -109,9 +109,7 @@ class Delivery:
         """Lease up to ``limit`` messages of ``queue``, the most urgent and oldest first."""
         leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER, keys.CANCELLED]
         rows = self._claim(keys=leases + keys.lists_of(queue), args=[limit, self._lease_ms])
-        messages = [
-            Claimed(lease.decode(), payload) for lease, payload in zip(rows[3::2], rows[4::2], strict=True)
-        ]
+        messages = [Claimed(lease.decode(), payload) for lease, payload in zip(rows[3::2], rows[4::2], strict=True)]
         return Claim(rows[0] / 1000, rows[1], rows[2], messages)
 
     def settle(self, outcomes: Sequence[Outcome]) -> list[bool]:

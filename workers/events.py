@@ -67,7 +67,7 @@ class TaskObserver:
         state.task_accepted(item)
         self._send("task-started", item)
         if signals.task_prerun.receivers:
-            with _current(self.task, item):
+            with _Current(self.task, item):
                 signals.task_prerun.send(sender=self.task, task_id=item.id, task=self.task, args=(), kwargs={})
 
     def succeeded(self, item: InFlight, result: dict[str, Any], runtime: float) -> None:
@@ -75,7 +75,7 @@ class TaskObserver:
         state.task_ready(item, successful=True)
         self._send("task-succeeded", item, result="", runtime=runtime)
         if signals.task_success.receivers:
-            with _current(self.task, item):
+            with _Current(self.task, item):
                 signals.task_success.send(sender=self.task, result=result)
         self._postrun(item, result, "SUCCESS")
 
@@ -84,7 +84,7 @@ class TaskObserver:
         state.task_ready(item)
         self._send("task-failed", item, exception=repr(error), traceback="")
         if signals.task_failure.receivers:
-            with _current(self.task, item):
+            with _Current(self.task, item):
                 signals.task_failure.send(
                     sender=self.task, task_id=item.id, exception=error, args=(), kwargs={}, traceback=None, einfo=None
                 )
@@ -96,7 +96,7 @@ class TaskObserver:
         state.task_ready(item)
         self._send("task-retried", item, exception=repr(error), traceback="")
         if signals.task_retry.receivers:
-            with _current(self.task, item):
+            with _Current(self.task, item):
                 signals.task_retry.send(
                     sender=self.task, request=self.task.request, reason=Retry(str(error), error), einfo=None
                 )
@@ -111,13 +111,13 @@ class TaskObserver:
 
     def _postrun(self, item: InFlight, value: Any, status: str) -> None:
         if item.started and signals.task_postrun.receivers:
-            with _current(self.task, item):
+            with _Current(self.task, item):
                 signals.task_postrun.send(
                     sender=self.task, task_id=item.id, task=self.task, args=(), kwargs={}, retval=value, state=status
                 )
 
 
-class _current:
+class _Current:
     """Makes ``task.request`` that of ``item`` for the length of a block: instrumentation reads its headers."""
 
     def __init__(self, task: Task, item: InFlight) -> None:
@@ -133,7 +133,7 @@ class _current:
 
 def context_of(item: InFlight, embed: dict[str, Any] | None = None) -> dict[str, Any]:
     """The task context of a request, as Celery's worker builds it from the message."""
-    context = {
+    return {
         **item.headers,
         **(embed or {}),
         "args": (),
@@ -144,7 +144,6 @@ def context_of(item: InFlight, embed: dict[str, Any] | None = None) -> dict[str,
         "is_eager": False,
         "called_directly": False,
     }
-    return context
 
 
 def request_context(item: InFlight, embed: dict[str, Any]) -> Context:

@@ -38,10 +38,10 @@ class Fleet:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.worker_id = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-        self._client: redis.Redis = connect(settings.fleet)
-        self.delivery = Delivery(self._client, settings.fleet)
+        self.client: redis.Redis = connect(settings.fleet)
+        self.delivery = Delivery(self.client, settings.fleet)
         self.leases = LeaseKeeper(self.delivery, settings.fleet)
-        self.registry = WorkerRegistry(self._client, settings.fleet.silent_after_seconds)
+        self.registry = WorkerRegistry(self.client, settings.fleet.silent_after_seconds)
         self.sweeper = Sweeper(self.delivery, settings.fleet.max_deliveries)
         self.intakes: dict[str, Intake] = {}
         self.observer: TaskObserver | None = None
@@ -63,7 +63,7 @@ class Fleet:
             "health_check_interval": 5,
         }
 
-    # -- start -----------------------------------------------------------------------------------------------------------
+    # -- start ------------------------------------------------------------------------------------------------------
 
     def serve(self, app: Celery, queues: Iterable[str]) -> None:
         """Load the engines that the queues name, and the models that are to be preloaded.
@@ -75,8 +75,9 @@ class Fleet:
         engines = [EngineName(queue) for queue in self._queues if queue in set(EngineName)]
         self.observer = TaskObserver(app)
         services = Services(
-            self.settings, self.delivery, self.leases, self.observer, Canvas(app), self.worker_id, self.live_workers
-        )
+            self.settings, self.delivery, self.leases, self.observer, Canvas(app), self.worker_id, self.live_workers,
+            self.refresh,
+        )  # fmt: skip
         for name in engines:
             self._add(name, services)
         preload = self.settings.monitoring.server.preload_models
@@ -97,11 +98,15 @@ class Fleet:
         self.intakes[name.value] = Intake(name.value, runner, services)
         self._runners.append(runner)
 
-    # -- registry --------------------------------------------------------------------------------------------------------
+    # -- registry ---------------------------------------------------------------------------------------------------
 
     def live_workers(self) -> list[WorkerInfo]:
         """The workers of the fleet as of the last heartbeat."""
         return self._live
+
+    def refresh(self) -> None:
+        """Ask who lives now."""
+        self._live = self.registry.live()
 
     def describe(self) -> WorkerInfo:
         """What this worker announces."""
@@ -138,13 +143,13 @@ class Fleet:
         while True:
             try:
                 self.registry.announce(self.describe())
-                self._live = self.registry.live()
+                self.refresh()
             except (redis.RedisError, OSError) as error:
                 logger.warning("cannot announce this worker: %s", error)
             if self._stop.wait(self.settings.fleet.heartbeat_seconds):
                 return
 
-    # -- stop ------------------------------------------------------------------------------------------------------------
+    # -- stop -------------------------------------------------------------------------------------------------------
 
     def leave(self) -> None:
         """Take this worker out of the registry: nothing is routed to it any longer."""
@@ -166,7 +171,9 @@ class Fleet:
             for intake in self.intakes.values():
                 intake.finish(deadline)
         except (redis.RedisError, FleetError, OSError) as error:
-            logger.error("the broker is gone while this worker stops; its requests come back with their leases: %s", error)
+            logger.error(
+                "the broker is gone while this worker stops; its requests come back with their leases: %s", error
+            )
 
     def close(self) -> None:
         """Unload the models and stop the threads."""
@@ -174,4 +181,4 @@ class Fleet:
             if not runner.stop(timeout=5):
                 logger.warning("the %s engine is still busy; leaving it", runner.models.engine.name)
         self.leases.close()
-        self._client.close()
+        self.client.close()

@@ -23,12 +23,33 @@ class InFlight:
 
     name = TASK_NAME
     __slots__ = (
-        "__weakref__", "body", "claimed", "headers", "hops", "id", "lease", "priority", "properties", "queue", "reply",
-        "request", "sent", "started", "task", "tokens", "embed",
+        "__weakref__",
+        "body",
+        "claimed",
+        "embed",
+        "eventer",
+        "headers",
+        "hops",
+        "id",
+        "lease",
+        "priority",
+        "properties",
+        "queue",
+        "reply",
+        "request",
+        "sent",
+        "started",
+        "task",
+        "tokens",
     )  # fmt: skip
 
     def __init__(
-        self, lease: str, queue: str, headers: Mapping[str, Any], properties: Mapping[str, Any], body: str | bytes,
+        self,
+        lease: str,
+        queue: str,
+        headers: Mapping[str, Any],
+        properties: Mapping[str, Any],
+        body: str | bytes,
         claimed: float,
     ) -> None:
         self.lease = lease
@@ -40,6 +61,7 @@ class InFlight:
         self.started = 0.0
         self.tokens = 0
         self.task: Any = None
+        self.eventer: Any = None  # set by Celery on what is in flight when it has to connect again
         self.embed: dict[str, Any] | None = None
         self.request: InferenceRequest | None = None
         own = wire.own_header(headers)
@@ -52,7 +74,7 @@ class InFlight:
         priority = properties.get("priority")
         self.priority = priority if isinstance(priority, int) else 0
 
-    # -- what the message says -------------------------------------------------------------------------------------------
+    # -- what the message says --------------------------------------------------------------------------------------
 
     def decode(self) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
         """The positional arguments, keyword arguments and canvas of the task call."""
@@ -118,7 +140,7 @@ class InFlight:
             },
         }
 
-    # -- what Celery's worker state and remote control read ----------------------------------------------------------------
+    # -- what Celery's worker state and remote control read ---------------------------------------------------------
 
     @property
     def task_name(self) -> str:
@@ -151,7 +173,9 @@ def inputs_from_previous(inputs: object, previous: object) -> object:
         outputs = step.get("outputs") if isinstance(step, dict) else None
         text = outputs.get("text") if isinstance(outputs, dict) else step
         if not isinstance(text, str):
-            raise BadRequest("the request has no inputs, and the step before it answered no text to take in their place")
+            raise BadRequest(
+                "the request has no inputs, and the step before it answered no text to take in their place"
+            )
         texts.append(text)
     joined = "\n".join(texts)
     return {"prompt": joined, "texts": texts, "messages": [{"role": "user", "content": joined}]}

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from celery.worker import state
@@ -47,6 +48,9 @@ logger = logging.getLogger(__name__)
 PREFETCH_WINDOW = 0.02
 """Seconds. The next batch is claimed while one runs only where a batch usually takes no longer than this."""
 
+PASS_ON_SECONDS = 0.02
+"""How long a request that another worker of the queue must run stays out of reach of this one."""
+
 CHARACTERS_PER_TOKEN = 4.0
 """First guess; learnt per model from what engines report."""
 
@@ -64,6 +68,7 @@ class Services:
     canvas: Canvas
     worker_id: str
     live_workers: Callable[[], list[WorkerInfo]]
+    refresh: Callable[[], None]
 
 
 Ending = Callable[[], None]
@@ -91,7 +96,7 @@ class Intake:
         self._mean_tokens = 0.0
         self._unfinished = 0
 
-    # -- claim -----------------------------------------------------------------------------------------------------------
+    # -- claim ------------------------------------------------------------------------------------------------------
 
     def attach(self, hub: Hub) -> None:
         """Run on this loop from now on; what is left over from the connection before is settled first."""
@@ -168,7 +173,7 @@ class Intake:
         for item in self._batcher.remove(lambda item: item.id in gone):
             self._revoke(item, Cancelled(), expired=False)
 
-    # -- batch -----------------------------------------------------------------------------------------------------------
+    # -- batch ------------------------------------------------------------------------------------------------------
 
     def pump(self) -> None:
         """Start the batch that is due, if the engine is free; otherwise come back when one is."""
@@ -207,7 +212,7 @@ class Intake:
         if not any(self.queue in worker.queues for worker in self._services.live_workers() if worker.id != me):
             return
         for item in reversed(self._batcher.drain()):
-            self._end(Outcome.give_back(item.lease), lambda item=item: self._services.observer.given_back(item))
+            self._end(Outcome.give_back(item.lease), partial(self._services.observer.given_back, item))
 
     def _key(self, request: InferenceRequest, tokens: int) -> Hashable:
         prompt = tokens - request.params.max_tokens
@@ -220,7 +225,7 @@ class Intake:
         completion = request.params.max_tokens if request.generates else 0
         return int(request.inputs.characters() / per_token) + completion + 1
 
-    # -- run and settle ----------------------------------------------------------------------------------------------------
+    # -- run and settle ---------------------------------------------------------------------------------------------
 
     def report(self, event: Finished | BatchDone) -> None:
         """The engine's thread says what became of a member or a batch."""
@@ -302,12 +307,20 @@ class Intake:
             return
         observer = self._services.observer
         logger.warning("request %s hops from %s to %s: %s", item.id, self.engine, target, type(error).__name__)
-        self._end(
-            outcome.hopped(item, target, error, self.engine, time.time()), lambda: observer.retried(item, error)
-        )
+        self._end(outcome.hopped(item, target, error, self.engine, time.time()), lambda: observer.retried(item, error))
 
     def _move_on(self, item: InFlight, request: InferenceRequest) -> None:
-        """The request came to a queue whose engine here cannot serve it: another may."""
+        """The request came to a queue whose engine here cannot serve it: another may.
+
+        This is rare, and the answer is final, so it is given on fresh news of who lives.
+        """
+        self._services.refresh()
+        if self._peer_serves(request):
+            # Workers of one queue may have different models: leave it to one that has this. The pause keeps it from
+            # coming straight back here.
+            observer = self._services.observer
+            self._end(outcome.delayed(item.lease, time.time() + PASS_ON_SECONDS), partial(observer.given_back, item))
+            return
         failure = self._runner.models.failures().get(request.model)
         error = EngineLoadError(failure) if failure is not None else None
         tried = {self.engine, *(hop.engine for hop in item.hops)}
@@ -318,6 +331,14 @@ class Intake:
         observer = self._services.observer
         self._end(outcome.hopped(item, target, error, self.engine, time.time()), lambda: observer.given_back(item))
 
+    def _peer_serves(self, request: InferenceRequest) -> bool:
+        me = self._services.worker_id
+        return any(
+            worker.serves(self.engine, request.model, request.kind)
+            for worker in self._services.live_workers()
+            if worker.id != me
+        )
+
     def _refusal(self, request: InferenceRequest, unavailable: NoEngineAvailable) -> FleetError:
         catalog = self._services.settings.models.catalog
         spec = catalog.get(request.model)
@@ -326,14 +347,16 @@ class Intake:
             return UnknownModel(f"no model named {request.model!r} is declared; there are: {known}")
         if request.kind not in spec.kinds:
             kinds = ", ".join(spec.kinds)
-            return UnsupportedKind(f"model {request.model!r} does not serve {request.kind} requests; it serves: {kinds}")
+            return UnsupportedKind(
+                f"model {request.model!r} does not serve {request.kind} requests; it serves: {kinds}"
+            )
         return unavailable
 
     def _fail(self, item: InFlight, error: FleetError) -> None:
         self._services.canvas.failed(item, error)
         self._end(outcome.failed(item, error), lambda: self._services.observer.failed(item, error))
 
-    # -- expiry and cancellation -------------------------------------------------------------------------------------------
+    # -- expiry and cancellation ------------------------------------------------------------------------------------
 
     def _is_unwanted(self, item: InFlight, now: float) -> bool:
         expires = item.expires
@@ -359,7 +382,7 @@ class Intake:
     def _revoke(self, item: InFlight, error: Cancelled, expired: bool) -> None:
         self._end(outcome.revoked(item, error), lambda: self._services.observer.revoked(item, expired))
 
-    # -- outcomes ----------------------------------------------------------------------------------------------------------
+    # -- outcomes ---------------------------------------------------------------------------------------------------
 
     def _end(self, ended: Outcome, ending: Ending) -> None:
         self._outbox.append((ended, ending))
@@ -380,13 +403,13 @@ class Intake:
         """Requests claimed and not settled."""
         return self._unfinished
 
-    # -- shutdown ----------------------------------------------------------------------------------------------------------
+    # -- shutdown ---------------------------------------------------------------------------------------------------
 
     def give_back(self) -> None:
         """Claim no more, and return what waits to the queue at once."""
         self.accepting = False
         for item in reversed(self._batcher.drain()):
-            self._end(Outcome.give_back(item.lease), lambda item=item: self._services.observer.given_back(item))
+            self._end(Outcome.give_back(item.lease), partial(self._services.observer.given_back, item))
         self._flush()
 
     def finish(self, deadline: float) -> None:

@@ -34,9 +34,7 @@ class ModelManager:
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine = engine
         self._max_cached = settings.models.max_cached
-        self._catalog = {
-            name: spec for name, spec in settings.models.catalog.items() if spec.served_by(engine.name)
-        }
+        self._catalog = {name: spec for name, spec in settings.models.catalog.items() if spec.served_by(engine.name)}
         self._loaded: OrderedDict[str, LoadedModel] = OrderedDict()
         self._failed: dict[str, tuple[float, FleetError]] = {}
         self.events: list[ModelEvent] = []

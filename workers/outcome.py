@@ -17,9 +17,7 @@ from workers.inflight import InFlight
 
 def succeeded(item: InFlight, result: Mapping[str, Any], children: list[Any] | None = None) -> Outcome:
     """The request was answered."""
-    record = wire.success_meta(
-        item.id, result, done=wire.now_iso(), extra=item.record_extra(), children=children or ()
-    )
+    record = wire.success_meta(item.id, result, done=wire.now_iso(), extra=item.record_extra(), children=children or ())
     return Outcome(item.lease, result_key=keys.result_key(item.id), record=record, reply=item.reply)
 
 
@@ -37,7 +35,9 @@ def revoked(item: InFlight, error: BaseException) -> Outcome:
     return Outcome(item.lease, result_key=keys.result_key(item.id), record=record, reply=item.reply)
 
 
-def hopped(item: InFlight, engine: EngineName, error: FleetError | None, failed_engine: EngineName, now: float) -> Outcome:
+def hopped(
+    item: InFlight, engine: EngineName, error: FleetError | None, failed_engine: EngineName, now: float
+) -> Outcome:
     """The request goes on to the queue of ``engine``: a Celery retry with the same id.
 
     With an ``error`` the hop is written into the message's history; without one (the request had merely come to a queue

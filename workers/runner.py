@@ -109,7 +109,7 @@ class EngineRunner:
             logger.exception("the %s engine failed on a batch of %d", self.models.engine.name, len(items))
             error = EngineError(f"{self.models.engine.name}: {type(raised).__name__}: {raised}")
         left = list(open_members.values())
-        if len(left) == 1 and len(items) == 1 or isinstance(error, EngineLoadError) or not error.hops:
+        if (len(left) == 1 and len(items) == 1) or isinstance(error, EngineLoadError) or not error.hops:
             for item in left:
                 self._report(Finished(item, error, batch_size, waited_ms, (time.perf_counter() - started) * 1000))
             return

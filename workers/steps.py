@@ -23,7 +23,7 @@ def fleet_of(app: Any) -> Fleet:
     return fleet
 
 
-class FleetConsumer(Consumer):  # type: ignore[misc]
+class FleetConsumer(Consumer):
     """Celery's consumer without its gossip: the registry knows who lives, and orphaned gossip queues fill brokers."""
 
     def __init__(self, *args: Any, worker_options: dict[str, Any] | None = None, **kwargs: Any) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 from kombu.transport import redis as kombu_redis
@@ -122,7 +123,7 @@ class Channel(kombu_redis.Channel):
         self.leases = self.services.leases
         self.intakes = self.services.intakes
 
-    # -- waiting ---------------------------------------------------------------------------------------------------------
+    # -- waiting ----------------------------------------------------------------------------------------------------
 
     def wake_connection(self) -> Any:
         """The connection that waits; connected and tracking."""
@@ -174,7 +175,7 @@ class Channel(kombu_redis.Channel):
             self.claim_all()
         return found
 
-    # -- claiming --------------------------------------------------------------------------------------------------------
+    # -- claiming ---------------------------------------------------------------------------------------------------
 
     def room(self, queue: str) -> int:
         """How many messages of ``queue`` may be claimed now."""
@@ -236,24 +237,22 @@ class Channel(kombu_redis.Channel):
 def refusal(message: Claimed, error: UndecodableMessage) -> Outcome:
     """A message nobody can decode becomes a dead letter; its sender is told where the message still names one."""
     reason = str(error)
-    try:
-        headers = wire.loads_object(message.payload).get("headers")
-        task_id = headers.get("id") if isinstance(headers, dict) else None
-    except UndecodableMessage:
-        task_id = None
+    headers: dict[str, Any] = {}
+    with suppress(UndecodableMessage):
+        found = wire.loads_object(message.payload).get("headers")
+        headers = found if isinstance(found, dict) else {}
+    task_id = headers.get("id")
     if not isinstance(task_id, str) or not task_id:
         return Outcome(message.lease, dead_reason=reason)
     record = wire.failure_meta(task_id, error, done=wire.now_iso())
     reply = str(wire.own_header(headers).get("reply") or "")
-    return Outcome(
-        message.lease, result_key=keys.result_key(task_id), record=record, reply=reply, dead_reason=reason
-    )
+    return Outcome(message.lease, result_key=keys.result_key(task_id), record=record, reply=reply, dead_reason=reason)
 
 
 class Poller(kombu_redis.MultiChannelPoller):
     """Polls the waiting connection of each channel in place of a blocking pop."""
 
-    def _register_BRPOP(self, channel: Channel) -> None:
+    def _register_BRPOP(self, channel: Channel) -> None:  # noqa: N802  # kombu's name
         connection = channel.wake_connection()
         ident = (channel, channel.waiter, "BRPOP")
         if self._chan_to_sock.get(ident) is not connection._sock:

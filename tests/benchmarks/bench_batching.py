@@ -97,11 +97,15 @@ def main() -> None:
                     alone(client, "small")
             loads, lones = [], []
             for _ in range(options.rounds):
-                loads.append((throughput(batched, "small", options.seconds), throughput(unbatched, "small", options.seconds)))
+                loads.append(
+                    (throughput(batched, "small", options.seconds), throughput(unbatched, "small", options.seconds))
+                )
                 # Call by call in turns: what else the machine does hits both.
                 pairs = [(alone(batched, "small"), alone(unbatched, "small")) for _ in range(options.lone)]
                 lones.append((median([a for a, _ in pairs]), median([b for _, b in pairs])))
-    table = Table(title=f"{options.engine}, {MAX_TOKENS} tokens, median of {options.rounds} rounds", title_justify="left")
+    table = Table(
+        title=f"{options.engine}, {MAX_TOKENS} tokens, median of {options.rounds} rounds", title_justify="left"
+    )
     for column in ("", f"requests/s, {CALLERS} callers", "p50 of a lone caller, ms"):
         table.add_column(column, justify="right")
     for name, side in (("batched", 0), ("unbatched", 1)):

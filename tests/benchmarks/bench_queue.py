@@ -43,7 +43,9 @@ class Round:
     idle_p99_ms: float
 
 
-def measure(count: int, idle: int, worker: psutil.Process, many: Callable[[int], None], one: Callable[[], None]) -> Round:
+def measure(
+    count: int, idle: int, worker: psutil.Process, many: Callable[[int], None], one: Callable[[], None]
+) -> Round:
     """Submit ``count`` and wait for all results; then ``idle`` single ones, each after the other."""
     cpu, own, started = cpu_seconds(worker), time.process_time(), time.perf_counter()
     many(count)
@@ -56,7 +58,9 @@ def measure(count: int, idle: int, worker: psutil.Process, many: Callable[[int],
         one()
         latencies.append((time.perf_counter() - begun) * 1000)
     latencies.sort()
-    return Round(count / wall, cpu / count * 1e6, own / count * 1e6, median(latencies), latencies[int(len(latencies) * 0.99)])
+    return Round(
+        count / wall, cpu / count * 1e6, own / count * 1e6, median(latencies), latencies[int(len(latencies) * 0.99)]
+    )
 
 
 def main() -> None:
@@ -118,7 +122,9 @@ def show(rounds: list[tuple[Round, Round]]) -> None:
     columns = [field.name for field in fields(Round)]
     for name, side in (("MuAI Fleet", 0), ("plain Celery, threads", 1)):
         values = [median([getattr(pair[side], column) for pair in rounds]) for column in columns]
-        table.add_row(name, f"{values[0]:,.0f}", f"{values[1]:.0f}", f"{values[2]:.0f}", f"{values[3]:.2f}", f"{values[4]:.2f}")
+        table.add_row(
+            name, f"{values[0]:,.0f}", f"{values[1]:.0f}", f"{values[2]:.0f}", f"{values[3]:.2f}", f"{values[4]:.2f}"
+        )
     ratios = [median([getattr(a, column) / getattr(b, column) for a, b in rounds]) for column in columns]
     table.add_row("ratio", *(f"{ratio:.2f}" for ratio in ratios))
     Console(width=110).print(table)

@@ -39,8 +39,8 @@ def celery_worker(arguments: Sequence[str], environ: dict[str, str], log: Path) 
     """A Celery worker process, stopped at the end."""
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "celery", *arguments], cwd=ROOT, env={**os.environ, **environ}, stdin=subprocess.DEVNULL,
-            stdout=out, stderr=subprocess.STDOUT,
+            [sys.executable, "-m", "celery", *arguments], cwd=ROOT, env={**os.environ, **environ},
+            stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
         )  # fmt: skip
     try:
         yield psutil.Process(process.pid)

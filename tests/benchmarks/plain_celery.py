@@ -8,8 +8,8 @@ from typing import Any
 from celery import Celery
 
 from shared.contract import InferenceRequest
-from workers.engines.fake import answer
 from workers.engines.base import EngineOutput
+from workers.engines.fake import answer
 
 url = os.environ["REDIS_URL"]
 app = Celery("plain", broker=url, backend=url)

@@ -72,7 +72,10 @@ def paths(folder: Path) -> dict[str, Path]:
 def prompts(count: int = PROMPTS) -> list[str]:
     """Texts of mixed length."""
     rng = random.Random(4)
-    return ["".join(rng.choice("abcdefghij klmnop.éß你") for _ in range(rng.choice((1, 3, 9, 30, 60)))) for _ in range(count)]
+    return [
+        "".join(rng.choice("abcdefghij klmnop.éß你") for _ in range(rng.choice((1, 3, 9, 30, 60))))
+        for _ in range(count)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +109,16 @@ def run(model: LoadedModel, requests: list[InferenceRequest], size: int) -> list
 
 def generate(prompt: str, **params: object) -> InferenceRequest:
     """A generate request."""
-    return InferenceRequest.parse({"model": "m", "inputs": {"prompt": prompt}, "params": {"max_tokens": MAX_TOKENS, **params}})
+    return InferenceRequest.parse(
+        {"model": "m", "inputs": {"prompt": prompt}, "params": {"max_tokens": MAX_TOKENS, **params}}
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("size", [1, 8, 64])
 def test_greedy_tokens_equal_transformers(load, paths, reference, engine: str, name: str, size: int) -> None:
-    """200 prompts of mixed length, alone and in batches: token for token what transformers.generate gives each alone."""
+    """200 prompts of mixed length, alone and in batches: the tokens transformers.generate gives each alone."""
     model = load(engine, name, paths[name])
 
     found = run(model, [generate(prompt) for prompt in prompts()], size)
@@ -221,7 +226,12 @@ def test_chat_goes_through_the_models_template(load, paths, engine: str) -> None
     """A chat is rendered with the model's template and answered as a message."""
     model = load(engine, "llama", paths["llama"])
     chat = InferenceRequest.parse(
-        {"model": "m", "kind": "chat", "inputs": {"messages": [{"role": "user", "content": "hi"}]}, "params": {"max_tokens": 4}}
+        {
+            "model": "m",
+            "kind": "chat",
+            "inputs": {"messages": [{"role": "user", "content": "hi"}]},
+            "params": {"max_tokens": 4},
+        }
     )
 
     (outcome,) = run(model, [chat], 1)
@@ -297,7 +307,10 @@ def test_quantised_conversion_says_what_it_costs(paths, tmp_path) -> None:
 def test_no_installed_execution_provider(paths, folder) -> None:
     """When none of the configured providers is installed the error names them and what there is."""
     settings = Settings.model_validate(
-        {"models": {"cache_dir": str(folder / "cache")}, "optimization": {"onnx": {"execution_providers": ["TensorrtExecutionProvider"]}}}
+        {
+            "models": {"cache_dir": str(folder / "cache")},
+            "optimization": {"onnx": {"execution_providers": ["TensorrtExecutionProvider"]}},
+        }
     )
 
     with pytest.raises(EngineLoadError, match="TensorrtExecutionProvider.*CPUExecutionProvider"):
@@ -311,7 +324,9 @@ def test_a_model_without_a_chat_template(paths, tmp_path) -> None:
     copy = shutil.copytree(paths["llama"], tmp_path / "plain")
     (copy / "chat_template.jinja").unlink()
     model = engine_class("pytorch")(Settings()).load(ModelSpec(name="plain", path=str(copy)))  # type: ignore[arg-type]
-    chat = InferenceRequest.parse({"model": "m", "kind": "chat", "inputs": {"messages": [{"role": "user", "content": "hi"}]}})
+    chat = InferenceRequest.parse(
+        {"model": "m", "kind": "chat", "inputs": {"messages": [{"role": "user", "content": "hi"}]}}
+    )
 
     (outcome,) = run(model, [chat], 1)
 

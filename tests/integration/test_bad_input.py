@@ -1,4 +1,4 @@
-"""Whatever lands on a queue: one clear error to the caller or a dead letter, and the requests around it are untouched."""
+"""Whatever lands on a queue: one clear error to the caller or a dead letter, and the requests around it go on."""
 
 from __future__ import annotations
 
@@ -120,7 +120,14 @@ def test_a_message_of_another_task(fleet: FleetUnderTest, redis_client) -> None:
 
 def test_strange_headers_harm_nobody(fleet: FleetUnderTest, redis_client) -> None:
     """Our own header with values of the wrong type, wrong times and wrong numbers: an answer or a clear error."""
-    for header in ({"hops": "x"}, {"hops": [{"engine": "abacus"}]}, {"sent": "noon"}, {"reply": 7}, {"deliveries": "many"}, 5):
+    for header in (
+        {"hops": "x"},
+        {"hops": [{"engine": "abacus"}]},
+        {"sent": "noon"},
+        {"reply": 7},
+        {"deliveries": "many"},
+        5,
+    ):
         envelope = json.loads(wire.encode_request(InferenceRequest.parse({**ECHO}), "fake", sent=0.0))
         envelope["headers"]["muai"] = header
         redis_client.lpush("fake", json.dumps(envelope))

@@ -78,9 +78,12 @@ def test_a_third_of_them_from_a_stock_celery_producer(make_fleet, redis_client: 
 
     foreign = [
         app.send_task(
-            "muai.infer", kwargs={"request": {"model": "echo", "inputs": {"prompt": f"s{n}"}}}, queue="fake",
-            priority=(0, 3, 6, 9)[n % 4], ignore_result=False,
-        ).id  # fmt: skip
+            "muai.infer",
+            kwargs={"request": {"model": "echo", "inputs": {"prompt": f"s{n}"}}},
+            queue="fake",
+            priority=(0, 3, 6, 9)[n % 4],
+            ignore_result=False,
+        ).id
         for n in range(third)
     ]
     ours = list(fleet.client.map(numbered(2 * third), window=1024))
@@ -111,9 +114,10 @@ def test_urgent_requests_go_first(make_fleet) -> None:
 
 
 def test_a_killed_workers_requests_are_run_by_another(make_fleet, redis_client: redis.Redis) -> None:
-    """kill -9 with requests in hand: once their leases expire they are run elsewhere, each answered once."""
+    """Kill -9 with requests in hand: once their leases expire they are run elsewhere, each answered once."""
     fleet = make_fleet(
-        fleet={"lease_seconds": 1.5, "sweep_seconds": 0.3}, optimization={"fake": {"latency_ms": 300}, "batcher": {"max_batch_size": 4}}
+        fleet={"lease_seconds": 1.5, "sweep_seconds": 0.3},
+        optimization={"fake": {"latency_ms": 300}, "batcher": {"max_batch_size": 4}},
     )
     doomed = fleet.start_worker()
     handles = fleet.client.submit_many(list(numbered(40)))
@@ -128,9 +132,7 @@ def test_a_killed_workers_requests_are_run_by_another(make_fleet, redis_client: 
 
 def test_a_request_longer_than_its_lease_runs_once(make_fleet, redis_client: redis.Redis) -> None:
     """The lease is renewed while a request runs: with two workers and a run of four leases it is run by one."""
-    fleet = make_fleet(
-        fleet={"lease_seconds": 0.6, "sweep_seconds": 0.2}, optimization={"fake": {"latency_ms": 2500}}
-    )
+    fleet = make_fleet(fleet={"lease_seconds": 0.6, "sweep_seconds": 0.2}, optimization={"fake": {"latency_ms": 2500}})
     for _ in range(2):
         fleet.start_worker()
 
@@ -143,7 +145,8 @@ def test_a_request_longer_than_its_lease_runs_once(make_fleet, redis_client: red
 def test_a_request_that_kills_its_workers_is_given_up(make_fleet, redis_client: redis.Redis) -> None:
     """After max_deliveries lost leases the request is dead-lettered with the reason, and its caller told."""
     fleet = make_fleet(
-        fleet={"lease_seconds": 0.5, "sweep_seconds": 0.2, "max_deliveries": 2}, optimization={"fake": {"latency_ms": 60_000}},
+        fleet={"lease_seconds": 0.5, "sweep_seconds": 0.2, "max_deliveries": 2},
+        optimization={"fake": {"latency_ms": 60_000}},
         monitoring={"server": {"graceful_shutdown_timeout": 0}},
     )  # fmt: skip
     victims = [fleet.start_worker()]
@@ -230,7 +233,9 @@ def test_a_stock_worker_takes_what_our_client_submits(make_fleet, broker) -> Non
         seen.append(request["inputs"]["prompt"])
         return {"outputs": {"text": "stock"}, "engine_used": "fake", "latency_ms": 0, "batch_size": 1, "metadata": {}}
 
-    message = wire.encode_request(InferenceRequest.parse({**ECHO, "id": "to-stock", "priority": "low"}), "fake", sent=1.0)
+    message = wire.encode_request(
+        InferenceRequest.parse({**ECHO, "id": "to-stock", "priority": "low"}), "fake", sent=1.0
+    )
     redis.Redis.from_url(fleet.url).lpush(keys.list_of("fake", 6), message)
     from celery.contrib.testing.worker import start_worker
 
@@ -261,3 +266,18 @@ def test_workers_come_back_when_the_broker_does(tmp_path, make_fleet) -> None:
         eventually(answered, 30, "an answer after the restart")
         assert worker.poll() is None
         fleet.stop()
+
+
+def test_workers_of_one_queue_may_have_different_models(make_fleet) -> None:
+    """A request reaches the worker that has its model, whoever claims it first."""
+    first = make_fleet()
+    second = make_fleet(models={"catalog": {"other": {"path": "fake", "kinds": ["generate"], "engines": ["fake"]}}})
+    only_echo = first.start_worker()
+    second.start_worker()
+    eventually(lambda: len(second.client.fleet()) == 2, 10)
+
+    requests = [{"model": ("echo", "other")[n % 2], "inputs": {"prompt": f"{n}"}} for n in range(100)]
+    results = [handle.result(20) for handle in second.client.submit_many(requests)]
+
+    assert [result.text for result in results] == [f"{n}"[::-1] for n in range(100)]
+    assert only_echo.poll() is None

@@ -148,7 +148,9 @@ def test_least_recently_used_model_is_unloaded(make_fleet, models: Path) -> None
 
     for _ in range(2):
         assert fleet.client.submit(model="llama", inputs={"prompt": "a"}, engine_preference="pytorch").result(60)
-        vectors = fleet.client.submit(model="bert", kind="embed", inputs={"texts": ["a", "b"]}, engine_preference="pytorch")
+        vectors = fleet.client.submit(
+            model="bert", kind="embed", inputs={"texts": ["a", "b"]}, engine_preference="pytorch"
+        )
         assert len(vectors.result(60).outputs["embeddings"]) == 2
 
     log = fleet.log(worker)
@@ -170,7 +172,7 @@ def test_an_engine_that_cannot_run_says_how_to_mend_it(make_fleet) -> None:
 
 
 def test_flower_shows_each_request_as_a_task(fleet: FleetUnderTest) -> None:
-    """Flower on the same broker lists every request with its state, runtime and retries; without a password it does not."""
+    """Flower on the same broker lists every request with state, runtime and retries, to those with the password."""
     port = free_port()
     log = (fleet.folder / "flower.log").open("wb")
     flower = subprocess.Popen(

@@ -65,8 +65,7 @@ def test_asyncio_twin(fleet: FleetUnderTest) -> None:
         async with AsyncClient(settings=fleet.settings) as client:
             first = await client.submit(ECHO)
             texts = [(await first.result(10)).text]
-            async for outcome in client.map([ECHO, ECHO], window=2):
-                texts.append(outcome.text)
+            texts += [outcome.text async for outcome in client.map([ECHO, ECHO], window=2)]
             handles = await client.submit_many([ECHO] * 3)
             texts += [result.text for result in await asyncio.gather(*(handle.result(10) for handle in handles))]
             return texts
@@ -154,7 +153,9 @@ def test_cancel_before_a_worker_comes(make_fleet) -> None:
     worker.terminate()
     worker.wait(30)
     app = bare_app(fleet.url)
-    waiting = app.send_task("muai.infer", kwargs={"request": {"model": "echo", "inputs": {"prompt": "!fail"}}}, queue="fake")
+    waiting = app.send_task(
+        "muai.infer", kwargs={"request": {"model": "echo", "inputs": {"prompt": "!fail"}}}, queue="fake"
+    )
 
     assert fleet.client.cancel(waiting.id) is True
     assert fleet.client.cancel(waiting.id) is False

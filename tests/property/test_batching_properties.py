@@ -145,7 +145,7 @@ def test_without_batching_every_request_runs_by_itself_at_once(arrivals, limits:
 
 
 def test_a_lone_request_never_waits_but_callers_that_come_back_together_are_waited_for() -> None:
-    """After a batch of one the next runs at once; after a batch of four, a partial one waits a little, not the timeout."""
+    """After a batch of one the next runs at once; after one of four, a partial one waits a little."""
     batcher: Batcher[str] = Batcher(BatchLimits(max_batch_size=8, batch_timeout=10.0))
     batcher.finished("key", size=1, duration=0.8)
     batcher.add("lone", "key", 1, 100.0)

@@ -35,7 +35,7 @@ def muai(monkeypatch, capsys, tmp_path):
 NOWHERE = ("--redis-url", "redis://127.0.0.1:1/0")
 
 
-# --- errors -----------------------------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_request_file_that_is_not_json_is_refused(muai, tmp_path):
     assert "secret" not in err
 
 
-# --- configuration ----------------------------------------------------------------------------------------------------
+# --- configuration ------------------------------------------------------------------------------------------------
 
 
 def test_config_prints_what_counts_without_secrets(muai, monkeypatch):
@@ -117,7 +117,7 @@ def test_a_wrong_variable_stops_every_command(muai, monkeypatch):
     assert "did you mean MUAI_OPT_BATCHER_MAX_SIZE?" in err
 
 
-# --- the doctor -------------------------------------------------------------------------------------------------------
+# --- the doctor ---------------------------------------------------------------------------------------------------
 
 
 def test_the_doctor_reports_a_wrong_configuration(muai, tmp_path):
@@ -269,7 +269,7 @@ def test_the_doctor_survives_what_it_examines():
     assert [finding.detail for finding in findings if finding.subject == "configuration"] == ["a: wrong", "b: wrong"]
 
 
-# --- answer files -----------------------------------------------------------------------------------------------------
+# --- answer files -------------------------------------------------------------------------------------------------
 
 
 def test_a_torn_end_is_cut_off(tmp_path):

@@ -133,7 +133,7 @@ def test_a_catalogue_in_the_environment_replaces_the_files(write, tmp_path):
     assert {name: spec.path for name, spec in catalog.items()} == {"b": str(tmp_path / "weights")}
 
 
-# --- what is wrong ----------------------------------------------------------------------------------------------------
+# --- what is wrong ------------------------------------------------------------------------------------------------
 
 
 def test_every_problem_is_reported_at_once(write):
@@ -235,7 +235,7 @@ def test_secrets_are_never_shown(write, text, environ):
     assert "hunter2" not in "\n".join(problems(write(text), environ))
 
 
-# --- the files in the repository --------------------------------------------------------------------------------------
+# --- the files in the repository ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The engine contract: small, and without a word about queues, Redis or batching.
 
-An :class:`Engine` loads models; a :class:`LoadedModel` answers batches. One contract suite (``tests/contract``) runs over
-every engine.
+An :class:`Engine` loads models; a :class:`LoadedModel` answers batches. One contract suite (``tests/contract``) runs
+over every engine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class EngineOutput:
     """
 
     outputs: dict[str, Any]
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
     cache_hit: bool = False
@@ -44,7 +44,9 @@ class EngineOutput:
 class Emit(Protocol):
     """Takes the outcome of member ``index`` of a batch, once, as soon as it is known."""
 
-    def __call__(self, index: int, outcome: EngineOutput | FleetError) -> None: ...
+    def __call__(self, index: int, outcome: EngineOutput | FleetError) -> None:
+        """Take it."""
+        ...
 
 
 class LoadedModel(ABC):

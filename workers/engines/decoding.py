@@ -88,7 +88,8 @@ def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tokens, Tokens
 
 def positions(mask: Tokens) -> NDArray[np.int64]:
     """The position of each token among those that are not padding; padding is put at 0."""
-    return np.maximum(mask.cumsum(axis=1) - 1, 0)
+    place: NDArray[np.int64] = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    return place
 
 
 class _Loop:

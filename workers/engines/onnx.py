@@ -133,7 +133,9 @@ class OnnxModel(LoadedModel):
     def encode(self, ids: Tokens, mask: Tokens) -> Vectors:
         """Token vectors of the last layer."""
         feeds = {"ids": ids, "bias": padding_bias(mask), "place": positions(mask)}
-        vectors: Vectors = self.run({name: self.value(np.ascontiguousarray(array)) for name, array in feeds.items()})[0].numpy()
+        vectors: Vectors = self.run({name: self.value(np.ascontiguousarray(array)) for name, array in feeds.items()})[
+            0
+        ].numpy()
         return vectors
 
     def warmup(self) -> None:
@@ -161,7 +163,9 @@ class OnnxEngine(Engine):
         missing = [package for package in ("onnxruntime", "transformers") if find_spec(package) is None]
         if missing:
             return Availability(
-                False, f"{' and '.join(missing)} not installed", 'pip install "muai-fleet[onnx]" (GPU: "muai-fleet[onnx-gpu]")'
+                False,
+                f"{' and '.join(missing)} not installed",
+                'pip install "muai-fleet[onnx]" (GPU: "muai-fleet[onnx-gpu]")',
             )
         return Availability(True)
 

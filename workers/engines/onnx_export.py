@@ -113,7 +113,7 @@ def fingerprint(spec: ModelSpec, quantise: bool) -> str:
     return digest.hexdigest()[:16]
 
 
-# --- masks --------------------------------------------------------------------------------------------------------------
+# --- masks --------------------------------------------------------------------------------------------------------
 
 
 def causal_bias(mask: NDArray[np.int64], queries: int) -> NDArray[np.float32]:
@@ -131,7 +131,7 @@ def padding_bias(mask: NDArray[np.int64]) -> NDArray[np.float32]:
     return np.ascontiguousarray(np.broadcast_to(bias, (rows, 1, keys, keys)))
 
 
-# --- conversion ---------------------------------------------------------------------------------------------------------
+# --- conversion ---------------------------------------------------------------------------------------------------
 
 
 def _convert(spec: ModelSpec, settings: Settings, folder: Path, quantise: bool) -> Conversion:
@@ -141,7 +141,7 @@ def _convert(spec: ModelSpec, settings: Settings, folder: Path, quantise: bool) 
         import torch
     except ImportError as error:
         raise MissingDependency(
-            f"converting {spec.name!r} to ONNX needs {error.name}: pip install \"muai-fleet[onnx-export]\""
+            f'converting {spec.name!r} to ONNX needs {error.name}: pip install "muai-fleet[onnx-export]"'
         ) from error
     from workers.engines import pytorch
 
@@ -153,7 +153,9 @@ def _convert(spec: ModelSpec, settings: Settings, folder: Path, quantise: bool) 
             graph = _Graph(model, decoder)
             graph.export(folder / GRAPH)
     except Exception as error:  # the exporter raises whatever its passes raise
-        raise EngineLoadError(f"cannot convert {spec.name!r} to ONNX: {type(error).__name__}: {first_line(error)}") from error
+        raise EngineLoadError(
+            f"cannot convert {spec.name!r} to ONNX: {type(error).__name__}: {first_line(error)}"
+        ) from error
     if quantise:
         _quantise(folder)
     difference = _validate(graph, folder, settings, quantise, spec.name)
@@ -178,7 +180,7 @@ class _Graph:
         self.model = model
         self.decoder = decoder
         self.layers = int(config.num_hidden_layers) if decoder else 0
-        heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
+        heads: Any = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
         self.kv_heads = int(heads) if decoder else 0
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.head_size = int(size) if decoder else 0
@@ -193,9 +195,7 @@ class _Graph:
         cache = DynamicCache()
         for layer, (key, value) in enumerate(past):
             cache.update(key, value, layer)
-        out = self.model(
-            input_ids=ids, attention_mask=bias, position_ids=place, past_key_values=cache, use_cache=True
-        )
+        out = self.model(input_ids=ids, attention_mask=bias, position_ids=place, past_key_values=cache, use_cache=True)
         return out.logits[:, -1], [(layer.keys, layer.values) for layer in out.past_key_values.layers]
 
     def export(self, path: Path) -> None:
@@ -215,7 +215,8 @@ class _Graph:
         free = torch.export.Dim.DYNAMIC
         rows, queries, cached = 2, 3, 5 if self.decoder else 0
         past = [
-            tuple(torch.randn(rows, self.kv_heads, cached, self.head_size) for _ in range(2)) for _ in range(self.layers)
+            tuple(torch.randn(rows, self.kv_heads, cached, self.head_size) for _ in range(2))
+            for _ in range(self.layers)
         ]
         arguments = (
             torch.ones(rows, queries, dtype=torch.long),
@@ -229,7 +230,8 @@ class _Graph:
         )  # fmt: skip
         parts = [f"{layer}.{part}" for layer in range(self.layers) for part in ("key", "value")]
         program = torch.onnx.export(
-            Exported(self.model).eval(), arguments, dynamo=True, dynamic_shapes=shapes, opset_version=OPSET, verbose=False,
+            Exported(self.model).eval(), arguments, dynamo=True, dynamic_shapes=shapes, opset_version=OPSET,
+            verbose=False,
             input_names=["ids", "bias", "place", *(f"past.{part}" for part in parts)],
             output_names=["out", *(f"present.{part}" for part in parts)],
         )  # fmt: skip
@@ -265,7 +267,9 @@ def _validate(graph: _Graph, folder: Path, settings: Settings, quantised: bool, 
     worst = 0.0
     for tokens, shown, at in rounds:
         feeds = {"ids": tokens, "bias": shown, "place": at}
-        feeds.update(zip((f"past.{i}.{part}" for i in range(graph.layers) for part in ("key", "value")), past, strict=True))
+        feeds.update(
+            zip((f"past.{i}.{part}" for i in range(graph.layers) for part in ("key", "value")), past, strict=True)
+        )
         present_inputs = {item.name for item in session.get_inputs()}
         ours = session.run(None, {key: value for key, value in feeds.items() if key in present_inputs})
         pairs = [(torch.from_numpy(past[i]), torch.from_numpy(past[i + 1])) for i in range(0, len(past), 2)]
@@ -278,7 +282,7 @@ def _validate(graph: _Graph, folder: Path, settings: Settings, quantised: bool, 
     limit = 1 - QUANTISED_LEAST_COSINE if quantised else settings.optimization.onnx.validation_tolerance
     if not worst <= limit:
         raise EngineLoadError(
-            f"the ONNX conversion of {name!r} deviates from the original by {worst:.3g}; at most {limit:.3g} is allowed "
+            f"the ONNX conversion of {name!r} deviates from the original by {worst:.3g}; at most {limit:.3g} may be "
             + ("(quantised)" if quantised else "(optimization.onnx.validation_tolerance)")
         )
     return worst

@@ -44,7 +44,8 @@ class ArrayLogits(Logits):
 
     def row(self, index: int) -> Scores:
         """The scores of one row."""
-        return self._scores[index]
+        row: Scores = self._scores[index]
+        return row
 
 
 class Sampler:
