@@ -1,0 +1,48 @@
+"""The embedded broker: a real server, on loopback, that comes back with its data and leaves nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+import redis
+
+from shared.embedded import EmbeddedBroker
+from shared.errors import BrokerUnavailable
+from tests.conftest import eventually
+
+
+def test_it_answers_on_loopback_and_is_gone_afterwards(tmp_path: Path) -> None:
+    """Inside the block it answers; after it the process is gone."""
+    with EmbeddedBroker(tmp_path) as broker:
+        pid = broker.pid
+        assert redis.Redis.from_url(broker.url).ping()
+        listening = {c.laddr.ip for c in psutil.Process(pid).net_connections() if c.status == "LISTEN"}
+
+    assert listening == {"127.0.0.1"}
+    assert not psutil.pid_exists(pid)
+
+
+def test_killed_it_comes_back_on_its_port_with_its_data(tmp_path: Path) -> None:
+    """With the append-only file a SIGKILL loses nothing that was flushed, and clients find it where it was."""
+    with EmbeddedBroker(tmp_path, append_only=True) as broker:
+        client = redis.Redis.from_url(broker.url)
+        client.set("kept", "value")
+        eventually(lambda: client.info("persistence")["aof_pending_bio_fsync"] == 0, 5)
+        port = broker.port
+
+        broker.kill()
+        broker.start()
+
+        assert broker.port == port
+        assert redis.Redis.from_url(broker.url).get("kept") == b"value"
+
+
+def test_a_port_that_is_taken_is_one_clear_error(tmp_path: Path) -> None:
+    """Asked for a port that somebody has, it says so with the end of its log."""
+    with EmbeddedBroker(tmp_path / "first") as first:
+        with pytest.raises(BrokerUnavailable, match=f"port {first.port}"):
+            EmbeddedBroker(tmp_path / "second", port=first.port).start()
+
+        assert redis.Redis.from_url(first.url).ping()

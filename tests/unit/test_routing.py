@@ -1,0 +1,90 @@
+"""Which engine a request goes to (properties 1, 2 and 52 of the specification)."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from shared.contract import EngineName, InferenceRequest, Kind
+from shared.errors import NoEngineAvailable, UnknownModel, UnsupportedKind
+from shared.registry import EngineInfo, ServedModel, WorkerInfo
+from shared.routing import chain, choose
+from shared.settings import Settings
+
+FLEET = (EngineName.VLLM, EngineName.DEEPSPEED, EngineName.ONNX, EngineName.PYTORCH)
+SETTINGS = Settings()
+
+
+def worker(*engines: EngineName, model: str = "m", kinds: tuple[Kind, ...] = (Kind.GENERATE,)) -> WorkerInfo:
+    """A live worker with these engines and one model."""
+    served = {model: ServedModel(kinds=kinds)}
+    return WorkerInfo(
+        id="w", host="h", pid=1, started=0.0, queues=tuple(engines),
+        engines=tuple(EngineInfo(name=engine, models=served) for engine in engines),
+    )  # fmt: skip
+
+
+def request(**fields: object) -> InferenceRequest:
+    """A request for model m."""
+    return InferenceRequest.parse({"model": "m", "inputs": {"prompt": "x"}, **fields})
+
+
+# Feature: advanced-optimization-monitoring, Property 1: Engine selection respects availability and preference
+@given(alive=st.sets(st.sampled_from(FLEET), min_size=1), order=st.permutations(FLEET))
+@hypothesis_settings(max_examples=150)
+def test_the_first_live_engine_of_the_preference_is_chosen(alive: set[EngineName], order: list[EngineName]) -> None:
+    """Whatever lives and whatever is preferred, the first preferred engine that lives is taken."""
+    chosen = choose(request(engine_preference=list(order)), [worker(*alive)], SETTINGS)
+
+    assert chosen == next(engine for engine in order if engine in alive)
+
+
+# Feature: advanced-optimization-monitoring, Property 2: Fallback chain is followed on engine failure
+@given(alive=st.sets(st.sampled_from(FLEET), min_size=1))
+@hypothesis_settings(max_examples=100)
+def test_failures_walk_down_the_chain_and_end(alive: set[EngineName]) -> None:
+    """Failing again and again visits every live engine once, in the fleet's order, then says that none is left."""
+    tried: list[EngineName] = []
+    while len(tried) < len(alive):
+        tried.append(choose(request(), [worker(*alive)], SETTINGS, tried))
+
+    assert tried == [engine for engine in FLEET if engine in alive]
+    with pytest.raises(NoEngineAvailable, match="already failed"):
+        choose(request(), [worker(*alive)], SETTINGS, tried)
+
+
+# Feature: advanced-optimization-monitoring, Property 52: Features are configuration-controlled
+@pytest.mark.parametrize("engine", FLEET)
+def test_an_engine_that_is_switched_off_is_in_no_chain(engine: EngineName) -> None:
+    """Switched off, an engine is not chosen even if a worker for it lives."""
+    settings = Settings.model_validate({"optimization": {engine.value: {"enabled": False}}})
+
+    assert chain(request(), settings) == tuple(other for other in FLEET if other is not engine)
+
+
+def test_optimization_off_leaves_pytorch_only() -> None:
+    """With the master switch off only the standard engine serves."""
+    settings = Settings.model_validate({"optimization": {"enabled": False}})
+
+    assert chain(request(), settings) == (EngineName.PYTORCH,)
+
+
+def test_a_models_own_engines_bound_the_chain() -> None:
+    """A model declared for some engines is not sent to others."""
+    settings = Settings.model_validate({"models": {"catalog": {"m": {"path": "p", "engines": ["onnx"]}}}})
+
+    assert chain(request(), settings) == (EngineName.ONNX,)
+
+
+def test_refusals_say_what_there_is() -> None:
+    """No model of that name, no such kind for it, nobody alive: three different errors."""
+    alive = [worker(EngineName.ONNX)]
+
+    with pytest.raises(UnknownModel, match="there are: m"):
+        choose(request(model="other"), alive, SETTINGS)
+    with pytest.raises(UnsupportedKind, match="it serves: generate"):
+        choose(request(kind="embed", inputs={"texts": ["x"]}), alive, SETTINGS)
+    with pytest.raises(NoEngineAvailable, match="celery -A workers worker -Q vllm"):
+        choose(request(), [], SETTINGS)
