@@ -50,6 +50,7 @@ def create_app(settings: Settings) -> FleetApp:
         broker_transport_options=fleet.transport_options(),
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        broker_channel_error_retry=True,  # a full broker refuses commands: wait for room rather than exit
         result_backend=settings.fleet.redis_url,
         result_expires=settings.fleet.result_expires_seconds,
         redis_socket_timeout=settings.fleet.socket_timeout_seconds,

@@ -9,30 +9,27 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from celery.worker import state
 from kombu.asynchronous import Hub
+from kombu.exceptions import OperationalError
 from vine import promise
 
 from shared import wire
-from shared.contract import EngineName, InferenceRequest
+from shared.contract import EngineName
 from shared.errors import (
     Cancelled,
     DeadlineExceeded,
-    EngineLoadError,
+    EngineError,
     FleetError,
-    NoEngineAvailable,
     PayloadTooLarge,
     UndecodableMessage,
-    UnknownModel,
-    UnsupportedKind,
 )
 from shared.registry import WorkerInfo
-from shared.routing import choose
 from shared.settings import Settings
 from workers import outcome
 from workers.batcher import Batch, Batcher, BatchLimits
@@ -40,8 +37,11 @@ from workers.canvas import Canvas
 from workers.delivery import Claim, Delivery, LeaseKeeper, Outcome
 from workers.engines.base import EngineOutput
 from workers.events import TaskObserver
+from workers.fallback import Fallback, FallbackDecision
 from workers.inflight import InFlight
+from workers.results import result_of
 from workers.runner import BatchDone, EngineRunner, Finished
+from workers.sizes import TokenEstimator
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +50,6 @@ PREFETCH_WINDOW = 0.02
 
 PASS_ON_SECONDS = 0.02
 """How long a request that another worker of the queue must run stays out of reach of this one."""
-
-CHARACTERS_PER_TOKEN = 4.0
-"""First guess; learnt per model from what engines report."""
 
 SETTLE_CHUNK = 256
 
@@ -92,8 +89,10 @@ class Intake:
         self._hub: Hub | None = None
         self._drain_soon = promise(self.drain)
         self._timer_at = float("inf")
-        self._characters_per_token: dict[str, float] = {}
-        self._mean_tokens = 0.0
+        self._sizes = TokenEstimator(services.settings.optimization.batcher.length_buckets)
+        self._fallback = Fallback(
+            runner.models, services.settings, services.worker_id, services.live_workers, services.refresh
+        )
         self._unfinished = 0
 
     # -- claim ------------------------------------------------------------------------------------------------------
@@ -113,8 +112,8 @@ class Intake:
             if usual is None or usual > PREFETCH_WINDOW:
                 return 0
         most = self._limits.max_batch_size
-        if self._mean_tokens:
-            most = min(most, max(1, int(self._limits.max_batch_tokens / self._mean_tokens)))
+        if self._sizes.mean:
+            most = min(most, max(1, int(self._limits.max_batch_tokens / self._sizes.mean)))
         return most - len(self._batcher)
 
     def receive(self, message: Any) -> None:
@@ -152,13 +151,14 @@ class Intake:
         if self._unwanted(item, item.claimed):
             return
         if not self._runner.models.serves(request.model, request.kind):
-            self._move_on(item, request)
+            self._go_on(item, self._fallback.elsewhere(request, item.hops))
             return
         last_moment = item.last_moment()
         if last_moment is not None:
             self._services.leases.hold(item.lease, last_moment)
-        item.tokens = self._estimate_tokens(request)
-        self._batcher.add(item, self._key(request, item.tokens), item.tokens, item.claimed)
+        item.tokens = self._sizes.tokens(request)
+        key = (request.model, self._runner.models.engine.compatibility(request), self._sizes.bucket(request))
+        self._batcher.add(item, key, item.tokens, item.claimed)
 
     def claimed(self, claim: Claim) -> None:
         """All messages of a claim were received."""
@@ -199,8 +199,7 @@ class Intake:
         for item in batch.items:
             item.started = now
             self._services.observer.started(item)
-            total = self._mean_tokens or float(item.tokens)
-            self._mean_tokens = total + 0.05 * (item.tokens - total)
+            self._sizes.started(item.tokens)
         self._runner.submit(batch)
         usual = self._batcher.expected_duration(batch.key)
         if len(self._batcher) and (usual is None or usual > PREFETCH_WINDOW):
@@ -214,17 +213,6 @@ class Intake:
         for item in reversed(self._batcher.drain()):
             self._end(Outcome.give_back(item.lease), partial(self._services.observer.given_back, item))
 
-    def _key(self, request: InferenceRequest, tokens: int) -> Hashable:
-        prompt = tokens - request.params.max_tokens
-        buckets = self._services.settings.optimization.batcher.length_buckets
-        bucket = sum(1 for edge in buckets if prompt > edge)
-        return (request.model, self._runner.models.engine.compatibility(request), bucket)
-
-    def _estimate_tokens(self, request: InferenceRequest) -> int:
-        per_token = self._characters_per_token.get(request.model, CHARACTERS_PER_TOKEN)
-        completion = request.params.max_tokens if request.generates else 0
-        return int(request.inputs.characters() / per_token) + completion + 1
-
     # -- run and settle ---------------------------------------------------------------------------------------------
 
     def report(self, event: Finished | BatchDone) -> None:
@@ -235,122 +223,64 @@ class Intake:
 
     def drain(self) -> None:
         """Write the outcomes of what the engine reported, and start the next batch."""
+        self._take_reports()
+        if self._running is None:
+            self.pump()
+        self._flush()
+
+    def _take_reports(self) -> None:
         while self._reports:
-            event = self._reports.popleft()
+            # It leaves the queue when it is dealt with: where the broker fails on the way, it is dealt with again.
+            event = self._reports[0]
             if isinstance(event, BatchDone):
                 self._batcher.finished(event.batch.key, len(event.batch.items), event.seconds)
                 self._running = None
             else:
                 self._finish(event)
-        if self._running is None:
-            self.pump()
-        self._flush()
+            self._reports.popleft()
 
     def _finish(self, done: Finished) -> None:
-        item = done.item
-        if isinstance(done.outcome, EngineOutput):
-            self._succeed(item, done, done.outcome)
-        elif done.outcome.hops and self._services.settings.optimization.fallback_on_error:
-            self._hop(item, done.outcome)
-        else:
-            self._fail(item, done.outcome)
+        item, request = done.item, done.item.request
+        try:
+            if isinstance(done.outcome, EngineOutput):
+                self._succeed(item, done, done.outcome)
+            elif done.outcome.hops and request is not None and self._services.settings.optimization.fallback_on_error:
+                self._go_on(item, self._fallback.after_failure(request, item.hops, done.outcome))
+            else:
+                self._fail(item, done.outcome)
+        except FleetError as error:
+            self._fail(item, error)
+        except OperationalError as error:  # Celery's word for a broker that fails while a canvas goes on
+            raise ConnectionError(str(error)) from error
+        except (TypeError, ValueError) as error:
+            logger.exception("the outcome of request %s cannot be written", item.id)
+            self._fail(item, EngineError(f"the {self.engine} engine's answer cannot be written: {error}"))
 
     def _succeed(self, item: InFlight, done: Finished, output: EngineOutput) -> None:
         now = time.time()
-        request = item.request
-        prompt_tokens = output.usage.prompt_tokens
-        if request is not None and prompt_tokens:
-            seen = request.inputs.characters() / prompt_tokens
-            usual = self._characters_per_token.get(request.model, seen)
-            self._characters_per_token[request.model] = max(0.1, usual + 0.1 * (seen - usual))
-        result = {
-            "outputs": output.outputs,
-            "engine_used": self.engine,
-            "latency_ms": round((now - item.sent) * 1000, 3),
-            "batch_size": done.batch_size,
-            "cache_hit": output.cache_hit,
-            "metadata": {
-                **output.metadata,
-                "model": request.model if request is not None else "",
-                "worker": self._services.worker_id,
-                "timing": {
-                    "queued_ms": round(max(0.0, item.claimed - item.sent) * 1000, 3),
-                    "batched_ms": round(max(0.0, item.started - item.claimed) * 1000, 3),
-                    "prefill_ms": round(output.prefill_ms, 3),
-                    "decode_ms": round(output.decode_ms, 3),
-                    "engine_ms": round(done.ran_ms, 3),
-                },
-                "usage": {
-                    "prompt_tokens": prompt_tokens,
-                    "completion_tokens": output.usage.completion_tokens,
-                    "total_tokens": prompt_tokens + output.usage.completion_tokens,
-                },
-                "hops": [hop.model_dump(mode="json") for hop in item.hops],
-            },
-        }
+        if item.request is not None:
+            self._sizes.learn(item.request, output.usage.prompt_tokens)
+        result = result_of(done, output, self.engine, self._services.worker_id, now)
         children = self._services.canvas.succeeded(item, result)
         observer = self._services.observer
         self._end(
             outcome.succeeded(item, result, children), lambda: observer.succeeded(item, result, now - item.started)
         )
 
-    def _hop(self, item: InFlight, error: FleetError) -> None:
-        request = item.request
-        if request is None:
-            raise ValueError("a request that was never decoded cannot hop")
-        tried = {self.engine, *(hop.engine for hop in item.hops)}
-        try:
-            target = choose(request, self._services.live_workers(), self._services.settings, tried)
-        except NoEngineAvailable:
-            history = "; ".join([*(f"{hop.engine}: {hop.error}" for hop in item.hops), f"{self.engine}: {error}"])
-            self._fail(item, type(error)(f"no engine could serve the request ({history})"))
+    def _go_on(self, item: InFlight, decision: FallbackDecision) -> None:
+        """Send the request where it was decided that it goes."""
+        now = time.time()
+        observer, error = self._services.observer, decision.error
+        if decision.engine is None:
+            # The pause keeps it from coming straight back here.
+            self._end(outcome.delayed(item.lease, now + PASS_ON_SECONDS), partial(observer.given_back, item))
             return
-        observer = self._services.observer
-        logger.warning("request %s hops from %s to %s: %s", item.id, self.engine, target, type(error).__name__)
-        self._end(outcome.hopped(item, target, error, self.engine, time.time()), lambda: observer.retried(item, error))
-
-    def _move_on(self, item: InFlight, request: InferenceRequest) -> None:
-        """The request came to a queue whose engine here cannot serve it: another may.
-
-        This is rare, and the answer is final, so it is given on fresh news of who lives.
-        """
-        self._services.refresh()
-        if self._peer_serves(request):
-            # Workers of one queue may have different models: leave it to one that has this. The pause keeps it from
-            # coming straight back here.
-            observer = self._services.observer
-            self._end(outcome.delayed(item.lease, time.time() + PASS_ON_SECONDS), partial(observer.given_back, item))
-            return
-        failure = self._runner.models.failures().get(request.model)
-        error = EngineLoadError(failure) if failure is not None else None
-        tried = {self.engine, *(hop.engine for hop in item.hops)}
-        try:
-            target = choose(request, self._services.live_workers(), self._services.settings, tried)
-        except NoEngineAvailable as unavailable:
-            raise error or self._refusal(request, unavailable) from None
-        observer = self._services.observer
-        self._end(outcome.hopped(item, target, error, self.engine, time.time()), lambda: observer.given_back(item))
-
-    def _peer_serves(self, request: InferenceRequest) -> bool:
-        me = self._services.worker_id
-        return any(
-            worker.serves(self.engine, request.model, request.kind)
-            for worker in self._services.live_workers()
-            if worker.id != me
-        )
-
-    def _refusal(self, request: InferenceRequest, unavailable: NoEngineAvailable) -> FleetError:
-        catalog = self._services.settings.models.catalog
-        spec = catalog.get(request.model)
-        if spec is None:
-            known = ", ".join(sorted(catalog)) or "none"
-            return UnknownModel(f"no model named {request.model!r} is declared; there are: {known}")
-        if request.kind not in spec.kinds:
-            kinds = ", ".join(spec.kinds)
-            return UnsupportedKind(
-                f"model {request.model!r} does not serve {request.kind} requests; it serves: {kinds}"
+        if error is not None:
+            logger.warning(
+                "request %s hops from %s to %s: %s", item.id, self.engine, decision.engine, type(error).__name__
             )
-        return unavailable
+        ending = partial(observer.given_back, item) if error is None else partial(observer.retried, item, error)
+        self._end(outcome.hopped(item, decision.engine, error, self.engine, now), ending)
 
     def _fail(self, item: InFlight, error: FleetError) -> None:
         self._services.canvas.failed(item, error)
@@ -426,12 +356,7 @@ class Intake:
             self._flush()
 
     def _settle_reports(self) -> None:
-        while self._reports:
-            event = self._reports.popleft()
-            if isinstance(event, BatchDone):
-                self._running = None
-            else:
-                self._finish(event)
+        self._take_reports()
         self._flush()
 
 
