@@ -20,6 +20,12 @@ from workers.inflight import InFlight
 
 logger = logging.getLogger(__name__)
 
+FLUSH_SECONDS = 0.01
+"""Events are published together this long after the first of them: one message for what would be a round trip each."""
+
+BUFFER_LIMIT = 2048
+"""Events after which they are published at once."""
+
 
 class TaskObserver:
     """Reports the life of requests. Used by the consumer's loop only."""
@@ -28,6 +34,7 @@ class TaskObserver:
         self._app = app
         self._dispatcher: Any = None
         self.consumer: Any = None
+        self._flush_due = False
 
     @property
     def task(self) -> Task:
@@ -38,7 +45,22 @@ class TaskObserver:
     def attach(self, consumer: Any) -> None:
         """Send through this consumer's event dispatcher from now on."""
         self.consumer = consumer
-        self._dispatcher = consumer.event_dispatcher
+        self._dispatcher = dispatcher = consumer.event_dispatcher
+        self._flush_due = False
+        if dispatcher is not None and consumer.hub is not None:
+            dispatcher.buffer_limit = BUFFER_LIMIT
+            dispatcher.on_send_buffered = self._flush_later
+
+    def flush(self) -> None:
+        """Publish the events that wait."""
+        self._flush_due = False
+        if self._dispatcher is not None:
+            self._dispatcher.flush()
+
+    def _flush_later(self) -> None:
+        if not self._flush_due:
+            self._flush_due = True
+            self.consumer.hub.call_later(FLUSH_SECONDS, self.flush)
 
     def _send(self, event: str, item: InFlight, **fields: Any) -> None:
         dispatcher = self._dispatcher

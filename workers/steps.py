@@ -84,6 +84,8 @@ class IntakeStep(bootsteps.StartStopStep):
             fleet = fleet_of(consumer.app)
             fleet.leave()
             fleet.drain()
+            if fleet.observer is not None:
+                fleet.observer.flush()
 
 
 def _stopping(consumer: Any) -> bool:
