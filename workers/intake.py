@@ -108,13 +108,17 @@ class Intake:
         if not self.accepting or not self._runner.loaded.is_set():
             return 0
         if self._running is not None:
-            usual = self._batcher.expected_duration(self._running.key)
-            if usual is None or usual > PREFETCH_WINDOW:
+            if not self._ends_soon(self._running, time.time()):
                 return 0
         most = self._limits.max_batch_size
         if self._sizes.mean:
             most = min(most, max(1, int(self._limits.max_batch_tokens / self._sizes.mean)))
         return most - len(self._batcher)
+
+    def _ends_soon(self, batch: Batch[InFlight], now: float) -> bool:
+        """Whether batches like this one are short, and this one has not proved to be another."""
+        usual = self._batcher.expected_duration(batch.key)
+        return usual is not None and usual <= PREFETCH_WINDOW and now - batch.items[0].started <= 2 * PREFETCH_WINDOW
 
     def receive(self, message: Any) -> None:
         """Take one claimed message over from kombu: from here on only its lease counts."""
@@ -201,12 +205,21 @@ class Intake:
             self._services.observer.started(item)
             self._sizes.started(item.tokens)
         self._runner.submit(batch)
-        usual = self._batcher.expected_duration(batch.key)
-        if len(self._batcher) and (usual is None or usual > PREFETCH_WINDOW):
+        if not self._ends_soon(batch, now):
             self._give_back_waiting()
+        elif self._hub is not None:
+            self._hub.call_later(2 * PREFETCH_WINDOW, self._relieve, batch)
+
+    def _relieve(self, batch: Batch[InFlight]) -> None:
+        """The batch takes longer than its like: let others have what was claimed in the hope that it would not."""
+        if self._running is batch:
+            self._give_back_waiting()
+            self._flush()
 
     def _give_back_waiting(self) -> None:
-        """Requests of another kind than the batch that just started: a worker that is idle can have them."""
+        """What must wait for the running batch goes back where another worker of the queue can have it."""
+        if not len(self._batcher):
+            return
         me = self._services.worker_id
         if not any(self.queue in worker.queues for worker in self._services.live_workers() if worker.id != me):
             return

@@ -18,21 +18,19 @@ from workers.inflight import InFlight
 def succeeded(item: InFlight, result: Mapping[str, Any], children: list[Any] | None = None) -> Outcome:
     """The request was answered."""
     record = wire.success_meta(item.id, result, done=wire.now_iso(), extra=item.record_extra(), children=children or ())
-    return Outcome(item.lease, result_key=keys.result_key(item.id), record=record, reply=item.reply)
+    return Outcome(item.lease, result_key=_result_key(item), record=record, reply=item.reply)
 
 
 def failed(item: InFlight, error: FleetError, *, dead_reason: str = "") -> Outcome:
     """The request failed for good; with ``dead_reason`` its message is kept among the dead letters."""
     record = wire.failure_meta(item.id, error, done=wire.now_iso(), extra=item.record_extra())
-    return Outcome(
-        item.lease, result_key=keys.result_key(item.id), record=record, reply=item.reply, dead_reason=dead_reason
-    )
+    return Outcome(item.lease, result_key=_result_key(item), record=record, reply=item.reply, dead_reason=dead_reason)
 
 
 def revoked(item: InFlight, error: BaseException) -> Outcome:
     """The request was cancelled, or its ``expires`` passed."""
     record = wire.failure_meta(item.id, error, status="REVOKED", done=wire.now_iso(), extra=item.record_extra())
-    return Outcome(item.lease, result_key=keys.result_key(item.id), record=record, reply=item.reply)
+    return Outcome(item.lease, result_key=_result_key(item), record=record, reply=item.reply)
 
 
 def hopped(
@@ -55,7 +53,7 @@ def hopped(
         record = wire.failure_meta(item.id, error, status="RETRY", done=wire.now_iso(), extra=item.record_extra())
     return Outcome(
         item.lease,
-        result_key=keys.result_key(item.id) if record else "",
+        result_key=_result_key(item) if record else "",
         record=record,
         push_list=keys.list_of(queue, item.priority),
         push_message=message,
@@ -66,3 +64,8 @@ def hopped(
 def delayed(lease: str, due: float) -> Outcome:
     """The message waits in the broker until ``due`` (seconds since the epoch)."""
     return Outcome(lease, due_ms=int(due * 1000))
+
+
+def _result_key(item: InFlight) -> str:
+    """Where the result is kept; nowhere when the sender asked for none."""
+    return "" if item.headers.get("ignore_result") is True else keys.result_key(item.id)

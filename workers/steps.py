@@ -11,7 +11,7 @@ from celery.exceptions import WorkerShutdown
 from celery.worker.consumer import Consumer
 from celery.worker.strategy import default as default_strategy
 
-from shared.errors import FleetError
+from shared.errors import ConfigurationError, FleetError
 from workers.fleet import Fleet
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,11 @@ class EngineStep(bootsteps.StartStopStep):
     def start(self, worker: Any) -> None:
         """Serve the queues of the command line."""
         try:
+            if not worker.use_eventloop:
+                raise ConfigurationError(
+                    f"the {worker.pool_cls.__module__} pool has no event loop; leave -P out: engines run on threads of "
+                    "their own, and the solo pool is what the rest needs"
+                )
             fleet_of(worker.app).serve(worker.app, worker.app.amqp.queues.consume_from)
         except FleetError as error:
             logger.critical("%s", error.message)

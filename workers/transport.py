@@ -118,6 +118,7 @@ class Channel(kombu_redis.Channel):
         self.unanswered = 0
         self._armed_for: set[str] = set()
         self._backlog: dict[str, int] = {}
+        self._unacknowledged: set[str] = set()
         super().__init__(*args, **kwargs)
         self.delivery = self.services.delivery
         self.leases = self.services.leases
@@ -197,11 +198,26 @@ class Channel(kombu_redis.Channel):
                 continue
             claim = self.delivery.claim(queue, room)
             self._backlog[queue] = claim.waiting
+            if queue in self._unacknowledged:
+                self.delivery.settle([Outcome(message.lease) for message in claim.messages])
             for message in claim.messages:
                 self._hand_over(queue, message)
             intake = self.intakes.get(queue)
             if intake is not None:
                 intake.claimed(claim)
+
+    def basic_consume(self, queue: str, no_ack: bool, *args: Any, **kwargs: Any) -> Any:
+        """Consume; what a consumer does not acknowledge (replies of remote control) is done with when it is taken."""
+        if no_ack:
+            self._unacknowledged.add(queue)
+        return super().basic_consume(queue, no_ack, *args, **kwargs)
+
+    def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:
+        """One message, or ``None``."""
+        message = super().basic_get(queue, no_ack=no_ack, **kwargs)
+        if message is not None and no_ack:
+            self.delivery.settle([Outcome(message.delivery_tag)])
+        return message
 
     @property
     def backlog(self) -> bool:

@@ -46,7 +46,7 @@ def register(app: Celery, client: redis.Redis, registry: WorkerRegistry) -> None
             )
         return {engine.value: count for engine, count in found.items()}
 
-    app.task(name=WATCH_TASK, ignore_result=True)(watch)
+    app.task(name=WATCH_TASK, ignore_result=True, shared=False)(watch)
     app.conf.beat_schedule = {
         "watch": {
             "task": WATCH_TASK,

@@ -22,5 +22,7 @@ def engine_class(name: EngineName) -> type[Engine]:
         module, _, attribute = _CLASSES[name].partition(":")
     except KeyError:
         known = ", ".join(sorted(_CLASSES))
-        raise ConfigurationError(f"there is no {name} engine in this release; there are: {known}") from None
+        raise ConfigurationError(
+            f"there is no {name} engine in this release; there are: {known}. Name the queues with -Q"
+        ) from None
     return cast("type[Engine]", getattr(import_module(module), attribute))
