@@ -10,9 +10,10 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from producer import InferenceResult
 from shared.embedded import free_port
@@ -20,7 +21,9 @@ from shared.errors import ContextTooLong, EngineError
 from tests.conftest import ROOT, FleetUnderTest, eventually
 from tests.contract.test_engines import prompts
 from tests.integration.test_submitting import ECHO
-from tests.tiny_models import CONTEXT, make_bert, make_llama
+from tests.tiny_models import CONTEXT, make_bert, make_llama, make_qwen
+
+MAX_TOKENS = 8
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.xdist_group("engines")]
 
@@ -30,6 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny Llama and a tiny encoder, and room for conversions."""
     folder = tmp_path_factory.mktemp("fleet-models")
     make_llama(folder / "llama")
+    make_qwen(folder / "qwen")
     make_bert(folder / "bert")
     return folder
 
@@ -42,6 +46,7 @@ def configuration(models: Path, **changes: object) -> dict[str, object]:
             "cache_dir": str(models / "cache"),
             "catalog": {
                 "llama": {"path": str(models / "llama"), "kinds": ["generate", "chat"]},
+                "qwen": {"path": str(models / "qwen"), "kinds": ["generate"]},
                 "bert": {"path": str(models / "bert"), "kinds": ["embed"]},
             },
         },
@@ -49,28 +54,71 @@ def configuration(models: Path, **changes: object) -> dict[str, object]:
     }
 
 
-def test_two_hundred_prompts_equal_transformers_on_both_engines(make_fleet, models: Path) -> None:
-    """Greedy tokens through the fleet, micro-batched, are those of transformers.generate of each prompt alone."""
-    fleet = make_fleet(configuration(models))
+@pytest.fixture(scope="module")
+def reference(models: Path) -> dict[str, list[list[int]]]:
+    """Greedy tokens of transformers.generate, each prompt alone."""
+    out = {}
+    for name in ("llama", "qwen"):
+        model = AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(models / name)
+        rows = []
+        for prompt in prompts():
+            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+            full = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=MAX_TOKENS)
+            rows.append([token for token in full[0, ids.shape[1] :].tolist() if token != tokenizer.eos_token_id])
+        out[name] = rows
+    return out
+
+
+@pytest.mark.parametrize("batching", [True, False], ids=["batched", "unbatched"])
+def test_two_hundred_prompts_equal_transformers_on_both_engines(make_fleet, models, reference, batching: bool) -> None:
+    """Greedy tokens through the fleet, two architectures, are those of transformers.generate of each prompt alone."""
+    fleet = make_fleet(configuration(models, batcher={"enabled": batching}))
     fleet.start_worker("onnx,pytorch")
-    model = AutoModelForCausalLM.from_pretrained(models / "llama", dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(models / "llama")
-    expected = []
-    for prompt in prompts():
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        full = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
-        expected.append([token for token in full[0, ids.shape[1] :].tolist() if token != tokenizer.eos_token_id])
 
     for engine in ("onnx", "pytorch"):
-        requests = [
-            {"model": "llama", "inputs": {"prompt": p}, "params": {"max_tokens": 8}, "engine_preference": engine}
-            for p in prompts()
-        ]
-        results = list(fleet.client.map(requests))
+        for name, expected in reference.items():
+            results = list(
+                fleet.client.map(
+                    {
+                        "model": name, "inputs": {"prompt": prompt}, "params": {"max_tokens": MAX_TOKENS},
+                        "engine_preference": engine,
+                    }
+                    for prompt in prompts()
+                )
+            )  # fmt: skip
 
-        assert [result.outputs["token_ids"] for result in results] == expected
-        assert {result.engine_used for result in results} == {engine}
-        assert max(result.batch_size for result in results) > 8
+            assert [result.outputs["token_ids"] for result in results] == expected
+            assert {result.engine_used for result in results} == {engine}
+            largest = max(result.batch_size for result in results)
+            assert largest > 8 if batching else largest == 1
+
+
+def test_embeddings_through_the_fleet_equal_transformers(make_fleet, models: Path) -> None:
+    """Vectors of 200 texts, micro-batched on both engines, are within 1e-4 cosine distance of each text's alone."""
+    fleet = make_fleet(configuration(models))
+    fleet.start_worker("onnx,pytorch")
+    tokenizer = AutoTokenizer.from_pretrained(models / "bert")
+    plain = AutoModel.from_pretrained(models / "bert", dtype=torch.float32).eval()
+    with torch.inference_mode():
+        alone = np.stack(
+            [
+                plain(tokenizer(t, return_tensors="pt")["input_ids"]).last_hidden_state[0].mean(0).numpy()
+                for t in prompts()
+            ]
+        )
+
+    for engine in ("onnx", "pytorch"):
+        results = fleet.client.map(
+            [
+                {"model": "bert", "kind": "embed", "inputs": {"texts": [text]}, "engine_preference": engine}
+                for text in prompts()
+            ]
+        )
+        vectors = np.array([result.outputs["embeddings"][0] for result in results])
+
+        cosine = (vectors * alone).sum(1) / np.linalg.norm(alone, axis=1) / np.linalg.norm(vectors, axis=1)
+        assert (1 - cosine).max() < 1e-4
 
 
 def test_a_failed_conversion_lets_pytorch_serve(make_fleet, models: Path, tmp_path: Path) -> None:
