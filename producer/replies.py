@@ -88,9 +88,11 @@ class ReplyReader:
         client = connect(self._fleet, socket_timeout=BLOCK_MS / 1000 + self._fleet.socket_timeout_seconds)
         last = b"0"
         unread = 0
+        failing = False
         while not self._closed.is_set():
             try:
                 replies: Any = client.xread({self.stream: last}, count=READ_COUNT, block=BLOCK_MS)
+                failing = False
                 if not replies:
                     continue
                 entries = replies[0][1]
@@ -103,7 +105,9 @@ class ReplyReader:
                     client.xtrim(self.stream, minid=last, approximate=False)
                     unread = 0
             except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
-                logger.warning("reading results: %s; trying again", error)
+                if not failing:  # once an outage
+                    logger.warning("cannot read results, trying again: %s", error)
+                failing = True
                 self._closed.wait(0.5)
         try:
             client.delete(self.stream)

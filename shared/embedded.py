@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
@@ -113,10 +114,12 @@ class EmbeddedBroker:
             "logfile": "broker.log",
             "daemonize": "no",
         }
+        # The kernel means the thread that starts the server, so only the main one's end is the process's end.
+        dies_with_us = sys.platform == "linux" and threading.current_thread() is threading.main_thread()
         arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
         return subprocess.Popen(
             [binary, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True, preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            start_new_session=True, preexec_fn=_die_with_parent if dies_with_us else None,
         )  # fmt: skip
 
     def _answers(self, port: int) -> bool:
