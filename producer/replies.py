@@ -18,7 +18,10 @@ logger = logging.getLogger(__name__)
 
 BLOCK_MS = 1000
 READ_COUNT = 512
-TRIM_EVERY = 2048
+TRIM_ENTRIES = 2048
+TRIM_BYTES = 4 * 1024 * 1024
+"""What has been read is taken off the stream after this many entries or bytes, so that it stays small in the broker."""
+
 WAKE_EXPIRES_SECONDS = 10
 
 
@@ -87,7 +90,7 @@ class ReplyReader:
     def _run(self) -> None:
         client = connect(self._fleet, socket_timeout=BLOCK_MS / 1000 + self._fleet.socket_timeout_seconds)
         last = b"0"
-        unread = 0
+        entries_read = bytes_read = 0
         failing = False
         while not self._closed.is_set():
             try:
@@ -100,10 +103,11 @@ class ReplyReader:
                     if b"m" in fields:
                         self.fulfil(fields[b"m"])
                     last = entry_id
-                unread += len(entries)
-                if unread >= TRIM_EVERY:
+                    bytes_read += sum(map(len, fields.values()))
+                entries_read += len(entries)
+                if entries_read >= TRIM_ENTRIES or bytes_read >= TRIM_BYTES:
                     client.xtrim(self.stream, minid=last, approximate=False)
-                    unread = 0
+                    entries_read = bytes_read = 0
             except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
                 if not failing:  # once an outage
                     logger.warning("cannot read results, trying again: %s", error)

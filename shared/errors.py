@@ -92,8 +92,3 @@ class EngineLoadError(EngineError):
 
 class EngineOutOfMemory(EngineError):
     """The engine ran out of memory."""
-
-
-def describe(error: BaseException) -> str:
-    """One line for a person: the error's class and message."""
-    return f"{type(error).__name__}: {error}"

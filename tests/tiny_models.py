@@ -6,8 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     BertModel,
     GenerationConfig,
@@ -46,6 +51,31 @@ def make_bert(directory: Path) -> Path:
             )
         ),
     )  # fmt: skip
+
+
+def greedy_reference(path: Path, prompts: list[str], max_tokens: int) -> list[list[int]]:
+    """Greedy tokens of transformers.generate of each prompt alone, without the end token."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    rows = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        full = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens)
+        rows.append([token for token in full[0, ids.shape[1] :].tolist() if token != tokenizer.eos_token_id])
+    return rows
+
+
+def mean_vectors(path: Path, texts: list[str]) -> NDArray[np.float32]:
+    """Mean of the last hidden states of each text alone, by transformers itself; shape (texts, size)."""
+    model = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    with torch.inference_mode():
+        return np.stack(
+            [
+                model(tokenizer(text, return_tensors="pt")["input_ids"]).last_hidden_state[0].mean(0).numpy()
+                for text in texts
+            ]
+        )
 
 
 def _decoder() -> dict[str, int]:

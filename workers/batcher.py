@@ -31,7 +31,6 @@ class FlushReason(StrEnum):
     TOKENS = "tokens"
     TIMEOUT = "timeout"
     IDLE = "idle"
-    SHUTDOWN = "shutdown"
 
 
 @dataclass(frozen=True, slots=True)

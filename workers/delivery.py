@@ -185,10 +185,6 @@ class LeaseKeeper:
             for lease in leases:
                 self._held.pop(lease, None)
 
-    def held(self) -> int:
-        """How many leases are kept."""
-        return len(self._held)
-
     def close(self) -> None:
         """Stop the thread. Leases that are still held will expire."""
         self._stop.set()

@@ -29,7 +29,6 @@ class Finished:
     item: InFlight
     outcome: Result
     batch_size: int
-    waited_ms: float
     ran_ms: float
 
 
@@ -83,9 +82,9 @@ class EngineRunner:
 
     def _run_batch(self, batch: Batch[InFlight]) -> None:
         name = batch.items[0].request.model if batch.items[0].request else ""
-        self._attempt(name, batch.items, len(batch.items), batch.waited * 1000)
+        self._attempt(name, batch.items, len(batch.items))
 
-    def _attempt(self, name: str, items: Sequence[InFlight], batch_size: int, waited_ms: float) -> None:
+    def _attempt(self, name: str, items: Sequence[InFlight], batch_size: int) -> None:
         """Run ``items`` together. When the engine fails on all, run parts by themselves: the bad member fails alone."""
         started = time.perf_counter()
         open_members = dict(enumerate(items))
@@ -94,7 +93,7 @@ class EngineRunner:
             item = open_members.pop(index, None)
             if item is None:
                 raise EngineError(f"member {index} of {len(items)} was answered twice, or is not there")
-            self._report(Finished(item, outcome, batch_size, waited_ms, (time.perf_counter() - started) * 1000))
+            self._report(Finished(item, outcome, batch_size, (time.perf_counter() - started) * 1000))
 
         error: FleetError
         try:
@@ -111,13 +110,13 @@ class EngineRunner:
         left = list(open_members.values())
         if (len(left) == 1 and len(items) == 1) or isinstance(error, EngineLoadError) or not error.hops:
             for item in left:
-                self._report(Finished(item, error, batch_size, waited_ms, (time.perf_counter() - started) * 1000))
+                self._report(Finished(item, error, batch_size, (time.perf_counter() - started) * 1000))
             return
         # Out of memory: a smaller batch may fit, so halves. Anything else: one by one finds the member at fault.
         size = max(1, len(left) // 2) if isinstance(error, EngineOutOfMemory) else 1
         for first in range(0, len(left), size):
             part = left[first : first + size]
-            self._attempt(name, part, len(part), waited_ms)
+            self._attempt(name, part, len(part))
 
 
 def _requests(items: Sequence[InFlight]) -> list[InferenceRequest]:

@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from demo.setup import embedder_path
 from demo.work import QUERIES, SENTENCES
 from shared.contract import InferenceRequest
 from shared.errors import BadRequest, ContextTooLong, EngineLoadError, FleetError, UnsupportedKind
 from shared.settings import ModelSpec, Settings
-from tests.tiny_models import CONTEXT, make_bert, make_llama, make_qwen
+from tests.tiny_models import CONTEXT, greedy_reference, make_bert, make_llama, make_qwen, mean_vectors
 from workers.engines import engine_class
 from workers.engines.base import EngineOutput, LoadedModel
 from workers.engines.onnx_export import META
@@ -81,17 +80,7 @@ def prompts(count: int = PROMPTS) -> list[str]:
 @pytest.fixture(scope="module")
 def reference(paths: dict[str, Path]) -> dict[str, list[list[int]]]:
     """Greedy tokens of transformers.generate, each prompt alone."""
-    out = {}
-    for name in DECODERS:
-        model = AutoModelForCausalLM.from_pretrained(paths[name], dtype=torch.float32).eval()
-        tokenizer = AutoTokenizer.from_pretrained(paths[name])
-        rows = []
-        for prompt in prompts():
-            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-            full = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=MAX_TOKENS)
-            rows.append([token for token in full[0, ids.shape[1] :].tolist() if token != tokenizer.eos_token_id])
-        out[name] = rows
-    return out
+    return {name: greedy_reference(paths[name], prompts(), MAX_TOKENS) for name in DECODERS}
 
 
 def run(model: LoadedModel, requests: list[InferenceRequest], size: int) -> list[EngineOutput | FleetError]:
@@ -130,8 +119,6 @@ def test_greedy_tokens_equal_transformers(load, paths, reference, engine: str, n
 def test_embeddings_equal_transformers(load, paths, engine: str) -> None:
     """Mean-pooled BERT vectors, batched: within 1e-4 cosine distance of transformers run on each text alone."""
     model = load(engine, "bert", paths["bert"], kinds=["embed"])
-    tokenizer = AutoTokenizer.from_pretrained(paths["bert"])
-    plain = AutoModel.from_pretrained(paths["bert"], dtype=torch.float32).eval()
     texts = prompts()
 
     requests = [
@@ -140,10 +127,7 @@ def test_embeddings_equal_transformers(load, paths, engine: str) -> None:
     ]
     vectors = np.array([v for outcome in run(model, requests, 8) for v in outcome.outputs["embeddings"]])
 
-    with torch.inference_mode():
-        alone = np.stack(
-            [plain(tokenizer(t, return_tensors="pt")["input_ids"]).last_hidden_state[0].mean(0).numpy() for t in texts]
-        )
+    alone = mean_vectors(paths["bert"], texts)
     cosine = (vectors * alone).sum(1) / np.linalg.norm(alone, axis=1) / np.linalg.norm(vectors, axis=1)
     assert (1 - cosine).max() < 1e-4
 

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from producer import InferenceResult
 from shared.embedded import free_port
@@ -21,7 +19,7 @@ from shared.errors import ContextTooLong, EngineError
 from tests.conftest import ROOT, FleetUnderTest, eventually
 from tests.contract.test_engines import prompts
 from tests.integration.test_submitting import ECHO
-from tests.tiny_models import CONTEXT, make_bert, make_llama, make_qwen
+from tests.tiny_models import CONTEXT, greedy_reference, make_bert, make_llama, make_qwen, mean_vectors
 
 MAX_TOKENS = 8
 
@@ -57,17 +55,7 @@ def configuration(models: Path, **changes: object) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def reference(models: Path) -> dict[str, list[list[int]]]:
     """Greedy tokens of transformers.generate, each prompt alone."""
-    out = {}
-    for name in ("llama", "qwen"):
-        model = AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float32).eval()
-        tokenizer = AutoTokenizer.from_pretrained(models / name)
-        rows = []
-        for prompt in prompts():
-            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-            full = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=MAX_TOKENS)
-            rows.append([token for token in full[0, ids.shape[1] :].tolist() if token != tokenizer.eos_token_id])
-        out[name] = rows
-    return out
+    return {name: greedy_reference(models / name, prompts(), MAX_TOKENS) for name in ("llama", "qwen")}
 
 
 @pytest.mark.parametrize("batching", [True, False], ids=["batched", "unbatched"])
@@ -98,15 +86,7 @@ def test_embeddings_through_the_fleet_equal_transformers(make_fleet, models: Pat
     """Vectors of 200 texts, micro-batched on both engines, are within 1e-4 cosine distance of each text's alone."""
     fleet = make_fleet(configuration(models))
     fleet.start_worker("onnx,pytorch")
-    tokenizer = AutoTokenizer.from_pretrained(models / "bert")
-    plain = AutoModel.from_pretrained(models / "bert", dtype=torch.float32).eval()
-    with torch.inference_mode():
-        alone = np.stack(
-            [
-                plain(tokenizer(t, return_tensors="pt")["input_ids"]).last_hidden_state[0].mean(0).numpy()
-                for t in prompts()
-            ]
-        )
+    alone = mean_vectors(models / "bert", prompts())
 
     for engine in ("onnx", "pytorch"):
         results = fleet.client.map(
