@@ -58,7 +58,11 @@ class ReplyReader:
 
     def fulfil(self, record: bytes | str) -> None:
         """A record came: resolve its request's future. One that is not terminal, or not waited for, is passed."""
-        request_id, outcome = read(record)
+        try:
+            request_id, outcome = read(record)
+        except (ValueError, KeyError, TypeError):
+            logger.exception("a record on the reply stream cannot be read; its request is looked up where it is stored")
+            return
         if outcome is None:
             return
         with self._lock:
@@ -108,7 +112,7 @@ class ReplyReader:
                 if entries_read >= TRIM_ENTRIES or bytes_read >= TRIM_BYTES:
                     client.xtrim(self.stream, minid=last, approximate=False)
                     entries_read = bytes_read = 0
-            except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
+            except (redis.RedisError, OSError) as error:
                 if not failing:  # once an outage
                     logger.warning("cannot read results, trying again: %s", error)
                 failing = True
