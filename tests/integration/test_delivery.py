@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections import Counter
 
@@ -74,21 +75,21 @@ def test_a_third_of_them_from_a_stock_celery_producer(make_fleet, redis_client: 
     for process in fleet.processes:
         fleet.wait_live(process)
     app = bare_app(fleet.url)
-    third = 2000
+    third = TOTAL // 3
+    foreign: list[str] = []
 
-    foreign = [
-        app.send_task(
-            "muai.infer",
-            kwargs={"request": {"model": "echo", "inputs": {"prompt": f"s{n}"}}},
-            queue="fake",
-            priority=(0, 3, 6, 9)[n % 4],
-            ignore_result=False,
-        ).id
-        for n in range(third)
-    ]
-    ours = list(fleet.client.map(numbered(2 * third), window=1024))
+    def submit_foreign() -> None:
+        for n in range(third):
+            request = {"model": "echo", "inputs": {"prompt": f"s{n}"}}
+            sent = app.send_task("muai.infer", kwargs={"request": request}, queue="fake", priority=(0, 3, 6, 9)[n % 4])
+            foreign.append(sent.id)
 
-    assert [result.text for result in ours] == [str(n)[::-1] for n in range(2 * third)]
+    stock = threading.Thread(target=submit_foreign)
+    stock.start()
+    ours = [result.text for result in fleet.client.map(numbered(TOTAL - third), window=1024)]
+    stock.join()
+
+    assert ours == [str(n)[::-1] for n in range(TOTAL - third)]
 
     def stored() -> list[bytes | None]:
         return redis_client.mget([keys.result_key(task) for task in foreign])
@@ -96,6 +97,7 @@ def test_a_third_of_them_from_a_stock_celery_producer(make_fleet, redis_client: 
     eventually(lambda: all(stored()), 30, "all results of the stock producer")
     texts = [wire.loads_object(record)["result"]["outputs"]["text"] for record in stored() if record]
     assert texts == [f"s{n}"[::-1] for n in range(third)]
+    assert sum(fleet.client.queue_lengths().values()) == 0
 
 
 def test_urgent_requests_go_first(make_fleet) -> None:
@@ -228,7 +230,7 @@ def test_a_stock_worker_takes_what_our_client_submits(make_fleet, broker) -> Non
     app = Celery("stock", broker=fleet.url, backend=fleet.url, set_as_current=False)
     seen = []
 
-    @app.task(name="muai.infer")
+    @app.task(name="muai.infer", shared=False)
     def infer(request):
         seen.append(request["inputs"]["prompt"])
         return {"outputs": {"text": "stock"}, "engine_used": "fake", "latency_ms": 0, "batch_size": 1, "metadata": {}}
