@@ -35,6 +35,9 @@ CANCELLED: Final = "muai:cancelled"
 WORKERS_SEEN: Final = "muai:workers:seen"
 WORKERS_INFO: Final = "muai:workers:info"
 
+REPLY_PREFIX: Final = "muai:reply:"
+LONGEST_KEY: Final = 512
+
 DELAYED_PREFIX: Final = "eta:"
 """Leases with this prefix are nobody's: they are messages that wait for their time."""
 
@@ -67,4 +70,4 @@ def result_key(request_id: str) -> str:
 
 def reply_stream(client_id: str) -> str:
     """The stream a client reads its results from."""
-    return f"muai:reply:{client_id}"
+    return f"{REPLY_PREFIX}{client_id}"

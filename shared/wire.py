@@ -15,6 +15,7 @@ from typing import Any
 
 import orjson
 
+from shared import keys
 from shared.contract import CONTRACT_VERSION, TASK_NAME, InferenceRequest
 from shared.errors import PayloadTooLarge, UndecodableMessage
 
@@ -125,6 +126,14 @@ def own_header(headers: Mapping[str, Any]) -> dict[str, Any]:
     """Our entry among a message's headers, empty where the sender is not ours."""
     value = headers.get(HEADER)
     return value if isinstance(value, dict) else {}
+
+
+def reply_of(headers: Mapping[str, Any]) -> str:
+    """The reply stream that a message names; empty where it names none, or a key that is not for replies."""
+    reply = own_header(headers).get("reply")
+    if isinstance(reply, str) and reply.startswith(keys.REPLY_PREFIX) and len(reply) <= keys.LONGEST_KEY:
+        return reply
+    return ""
 
 
 def success_meta(

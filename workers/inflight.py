@@ -66,8 +66,7 @@ class InFlight:
         self.request: InferenceRequest | None = None
         own = wire.own_header(headers)
         self.id = str(headers.get("id") or properties.get("correlation_id") or lease)
-        reply = own.get("reply")
-        self.reply = reply if isinstance(reply, str) else ""
+        self.reply = wire.reply_of(headers)
         sent = own.get("sent")
         self.sent = float(sent) if isinstance(sent, int | float) and 0 < sent <= claimed else claimed
         self.hops = _hops(own.get("hops"))
@@ -84,7 +83,7 @@ class InFlight:
             raise UndecodableMessage("the message's body is not a JSON list of args, kwargs and embed") from None
         if not isinstance(args, list) or not isinstance(kwargs, dict):
             raise UndecodableMessage("the message's args and kwargs are not a list and an object")
-        return args, kwargs, embed if isinstance(embed, dict) else {}
+        return args, kwargs, _canvas(embed)
 
     def validated(self, args: list[Any], kwargs: dict[str, Any]) -> InferenceRequest:
         """The request of the call; raise :class:`BadRequest` where it is not a valid one."""
@@ -179,6 +178,23 @@ def inputs_from_previous(inputs: object, previous: object) -> object:
         texts.append(text)
     joined = "\n".join(texts)
     return {"prompt": joined, "texts": texts, "messages": [{"role": "user", "content": joined}]}
+
+
+def _canvas(embed: object) -> dict[str, Any]:
+    """The canvas of a call; raise :class:`UndecodableMessage` where its parts are not signatures."""
+    if not isinstance(embed, dict):
+        return {}
+    for part in ("chain", "callbacks", "errbacks"):
+        steps = embed.get(part)
+        if steps is not None and not (isinstance(steps, list) and all(map(_is_signature, steps))):
+            raise UndecodableMessage(f"the message's {part} is not a list of signatures")
+    if embed.get("chord") is not None and not isinstance(embed["chord"], dict):
+        raise UndecodableMessage("the message's chord is not a signature")
+    return embed
+
+
+def _is_signature(step: object) -> bool:
+    return isinstance(step, dict) and isinstance(step.get("task"), str)
 
 
 def _hops(value: object) -> list[Hop]:

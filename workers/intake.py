@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import redis
 from celery.worker import state
 from kombu.asynchronous import Hub
 from kombu.exceptions import OperationalError
@@ -71,6 +72,18 @@ class Services:
 Ending = Callable[[], None]
 """What to tell observers once an outcome was written."""
 
+BROKER_ERRORS = (redis.RedisError, OperationalError, OSError)
+"""What a broker that fails raises, by way of the client library, of Celery, or of the socket."""
+
+
+@dataclass(slots=True)
+class _Ended:
+    """An outcome to write, what must be done before it is, and what follows."""
+
+    outcome: Outcome
+    ending: Ending
+    before: Ending | None = None
+
 
 class Intake:
     """Takes an engine's messages from claim to outcome."""
@@ -85,7 +98,7 @@ class Intake:
         self._batcher: Batcher[InFlight] = Batcher(self._limits)
         self._running: Batch[InFlight] | None = None
         self._reports: deque[Finished | BatchDone] = deque()
-        self._outbox: list[tuple[Outcome, Ending]] = []
+        self._outbox: list[_Ended] = []
         self._hub: Hub | None = None
         self._drain_soon = promise(self.drain)
         self._timer_at = float("inf")
@@ -265,7 +278,9 @@ class Intake:
             self._fail(item, error)
         except OperationalError as error:  # Celery's word for a broker that fails while a canvas goes on
             raise ConnectionError(str(error)) from error
-        except (TypeError, ValueError) as error:
+        except BROKER_ERRORS:
+            raise
+        except Exception as error:  # the boundary: an answer or a canvas that cannot be written is its own failure
             logger.exception("the outcome of request %s cannot be written", item.id)
             self._fail(item, EngineError(f"the {self.engine} engine's answer cannot be written: {error}"))
 
@@ -296,8 +311,11 @@ class Intake:
         self._end(outcome.hopped(item, decision.engine, error, self.engine, now), ending)
 
     def _fail(self, item: InFlight, error: FleetError) -> None:
-        self._services.canvas.failed(item, error)
-        self._end(outcome.failed(item, error), lambda: self._services.observer.failed(item, error))
+        self._end(
+            outcome.failed(item, error),
+            lambda: self._services.observer.failed(item, error),
+            before=partial(self._services.canvas.failed, item, error),
+        )
 
     # -- expiry and cancellation ------------------------------------------------------------------------------------
 
@@ -327,19 +345,35 @@ class Intake:
 
     # -- outcomes ---------------------------------------------------------------------------------------------------
 
-    def _end(self, ended: Outcome, ending: Ending) -> None:
-        self._outbox.append((ended, ending))
+    def _end(self, ended: Outcome, ending: Ending, before: Ending | None = None) -> None:
+        self._outbox.append(_Ended(ended, ending, before))
 
     def _flush(self) -> None:
         """Write every outcome that waits. Where the broker fails they stay, and are written when it is back."""
         while self._outbox:
             chunk = self._outbox[:SETTLE_CHUNK]
-            self._services.delivery.settle([ended for ended, _ in chunk])
+            for ended in chunk:
+                self._prepare(ended)
+            self._services.delivery.settle([ended.outcome for ended in chunk])
             del self._outbox[: len(chunk)]
-            self._services.leases.release([ended.lease for ended, _ in chunk])
+            self._services.leases.release([ended.outcome.lease for ended in chunk])
             self._unfinished -= len(chunk)
-            for _, ending in chunk:
-                ending()
+            for ended in chunk:
+                ended.ending()
+
+    def _prepare(self, ended: _Ended) -> None:
+        """Do what comes before an outcome, once; where the broker fails it is tried again when it is back."""
+        if ended.before is None:
+            return
+        try:
+            ended.before()
+        except OperationalError as error:
+            raise ConnectionError(str(error)) from error
+        except BROKER_ERRORS:
+            raise
+        except Exception:  # the boundary: a canvas that cannot be told keeps no request from its answer
+            logger.exception("the canvas of a failed request cannot be told")
+        ended.before = None
 
     @property
     def in_flight(self) -> int:

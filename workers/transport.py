@@ -261,8 +261,13 @@ def refusal(message: Claimed, error: UndecodableMessage) -> Outcome:
     if not isinstance(task_id, str) or not task_id:
         return Outcome(message.lease, dead_reason=reason)
     record = wire.failure_meta(task_id, error, done=wire.now_iso())
-    reply = str(wire.own_header(headers).get("reply") or "")
-    return Outcome(message.lease, result_key=keys.result_key(task_id), record=record, reply=reply, dead_reason=reason)
+    return Outcome(
+        message.lease,
+        result_key=keys.result_key(task_id),
+        record=record,
+        reply=wire.reply_of(headers),
+        dead_reason=reason,
+    )
 
 
 class Poller(kombu_redis.MultiChannelPoller):

@@ -166,3 +166,32 @@ def test_prompts_and_outputs_stay_out_of_logs_and_events(fleet: FleetUnderTest) 
 
     assert "secret-prompt" not in text
     assert "tpmorp-terces" not in text
+
+
+@pytest.mark.parametrize("reply", ["fake", "muai:lease:index", "muai:reply:taken", "", "x" * 5000])
+def test_a_reply_stream_that_is_none_harms_nobody(fleet: FleetUnderTest, redis_client, reply: str) -> None:
+    """Whatever key a sender names for its replies, it is answered through its result, and the batch around it too."""
+    redis_client.lpush("muai:reply:taken", "a list, not a stream")
+    envelope = json.loads(wire.encode_request(InferenceRequest.parse(ECHO), "fake", sent=0.0, reply=reply))
+    redis_client.lpush("fake", json.dumps(envelope))
+
+    assert fleet.client.handle(envelope["headers"]["id"]).result(10).text == "olleh"
+    assert [handle.result(10).text for handle in fleet.client.submit_many([ECHO] * 5)] == ["olleh"] * 5
+    assert redis_client.type("fake") in (b"none", b"list")
+    assert fleet.processes[0].poll() is None
+
+
+@pytest.mark.parametrize(
+    "embed", [{"chain": 5}, {"chain": ["abc"]}, {"callbacks": [7]}, {"errbacks": "x"}, {"chord": [1]}, {"chain": [{}]}]
+)
+@pytest.mark.parametrize("prompt", ["hello", "!bad"])
+def test_a_canvas_that_is_none_fails_its_own_request_only(fleet, redis_client, embed, prompt: str) -> None:
+    """A malformed chain, callback or chord ends with an answer for its sender; the worker goes on."""
+    envelope = json.loads(wire.encode_request(InferenceRequest.parse(ECHO), "fake", sent=0.0))
+    envelope["body"] = json.dumps([[], {"request": {"model": "echo", "inputs": {"prompt": prompt}}}, embed])
+    redis_client.lpush("fake", json.dumps(envelope))
+
+    assert isinstance(fleet.client.handle(envelope["headers"]["id"]).outcome(10), FleetError)
+    assert fleet.client.submit(ECHO).result(10).text == "olleh"
+    assert fleet.processes[0].poll() is None
+    assert fleet.client.queue_lengths()["leased"] == 0

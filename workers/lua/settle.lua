@@ -31,7 +31,7 @@ local function record_result(key, record)
     redis.call('PUBLISH', key, record)
     return record, true
   end
-  local existing = redis.call('GET', key)
+  local existing = redis.pcall('GET', key) -- an error where the key is no text: then it is overwritten
   local ok, decoded = pcall(cjson.decode, existing)
   if ok and TERMINAL[decoded.status] then return existing, false end
   redis.call('SET', key, record, 'EX', ttl)
@@ -55,7 +55,7 @@ local function settle(lease, key, record, stream, push, message, side, reason, d
   local stands = true
   if key ~= '' then record, stands = record_result(key, record) end
   if stream ~= '' then
-    redis.call('XADD', stream, '*', 'm', record)
+    redis.pcall('XADD', stream, '*', 'm', record) -- an error where the key is no stream concerns nobody else
     replies[stream] = true
   end
   if not stands then return 0 end
