@@ -18,9 +18,9 @@ from producer.replies import ReplyReader
 from shared import keys, wire
 from shared.broker import broker_errors, connect, lua
 from shared.contract import EngineName, InferenceRequest, InferenceResult
-from shared.errors import BrokerUnavailable, Cancelled, FleetError
+from shared.errors import BrokerUnavailable, Cancelled, FleetError, NoEngineAvailable
 from shared.registry import WorkerInfo, WorkerRegistry
-from shared.routing import choose
+from shared.routing import choose, park
 from shared.settings import Settings
 
 REGISTRY_SECONDS = 1.0
@@ -83,7 +83,8 @@ class Client:
         ``timeout`` sets the request's deadline, in seconds from now. Raises :class:`~shared.errors.BadRequest` for an
         invalid one (:class:`~shared.errors.UnknownModel`, :class:`~shared.errors.UnsupportedKind`,
         :class:`~shared.errors.PayloadTooLarge`), :class:`~shared.errors.NoEngineAvailable` where no live worker can
-        serve it, and :class:`~shared.errors.BrokerUnavailable`.
+        serve it (with a deadline it is queued all the same, and served when an engine is there in time), and
+        :class:`~shared.errors.BrokerUnavailable`.
         """
         if request is None:
             request = fields
@@ -182,10 +183,16 @@ class Client:
         now = time.monotonic()
         if now - self._workers_at > REGISTRY_SECONDS:
             self.fleet()
-        key = (request.model, request.kind, request.engine_preference)
+        key = (request.model, request.kind, request.engine_preference, request.features)
         engine = self._choices.get(key)
-        if engine is None:
+        if engine is not None:
+            return engine
+        try:
             engine = self._choices[key] = choose(request, self._workers, self.settings)
+        except NoEngineAvailable:
+            engine = park(request, self._workers, self.settings) if request.deadline is not None else None
+            if engine is None:
+                raise
         return engine
 
     def _push(self, pushes: Mapping[str, list[bytes]]) -> None:

@@ -24,13 +24,14 @@ DEADLINE_GRACE_SECONDS = 5.0
 class Handle:
     """One submitted request."""
 
-    __slots__ = ("_client", "deadline", "future", "id")
+    __slots__ = ("_client", "_grace", "deadline", "future", "id")
 
     def __init__(self, request_id: str, future: Future[Outcome], client: Client, deadline: float | None = None) -> None:
         self.id = request_id
         self.future = future
         self.deadline = deadline
         self._client = client
+        self._grace = 0.0
 
     def __repr__(self) -> str:
         return f"<Handle {self.id} {'done' if self.future.done() else 'open'}>"
@@ -63,13 +64,18 @@ class Handle:
     def look(self) -> Outcome | None:
         """Look for the result where it is stored; a request that nobody will answer any more has an error instead."""
         found = self._client.recover(self.id)
-        if found is None and self._abandoned_in() <= 0 and not self.future.done():
+        if found is not None or self.future.done() or self.deadline is None or time.time() < self.deadline:
+            return found
+        if not self._client.fleet():
+            return DeadlineExceeded("the request's deadline passed and no worker is alive")
+        self._grace = DEADLINE_GRACE_SECONDS
+        if self._abandoned_in() <= 0:
             return DeadlineExceeded("the request's deadline passed and no worker has answered")
-        return found
+        return None
 
     def _abandoned_in(self) -> float:
         """Seconds until an answer is not to be expected any more."""
-        return float("inf") if self.deadline is None else self.deadline + DEADLINE_GRACE_SECONDS - time.time()
+        return float("inf") if self.deadline is None else self.deadline + self._grace - time.time()
 
     def result(self, timeout: float | None = None) -> InferenceResult:
         """Wait for the result. Raises the request's error, or :class:`TimeoutError` after ``timeout`` seconds."""

@@ -42,6 +42,13 @@ class Kind(StrEnum):
     TRANSLATE = "translate"
 
 
+class Feature(StrEnum):
+    """What a request may need of an engine beyond its kind: the chain leaves out engines that have it not."""
+
+    LOGPROBS = "logprobs"
+    JSON_SCHEMA = "json_schema"
+
+
 class Priority(StrEnum):
     """Named levels over the broker's priority steps; ``wire`` is the number on the message (0 is served first)."""
 
@@ -72,7 +79,11 @@ class ChatMessage(Value):
 
 
 class SamplingParams(Value):
-    """How tokens are chosen. ``temperature=0`` is greedy decoding."""
+    """How tokens are chosen. ``temperature=0`` is greedy decoding.
+
+    ``logprobs`` asks for the log probability of each token of the answer, and of that many of the likeliest in its
+    place; ``json_schema`` holds the answer to a JSON schema. An engine that cannot do so is not asked.
+    """
 
     max_tokens: Annotated[int, Field(ge=1, le=131072)] = 64
     temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
@@ -81,6 +92,8 @@ class SamplingParams(Value):
     stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(default=(), max_length=16)
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     ignore_eos: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    json_schema: dict[str, Any] | None = None
 
 
 def _as_tuple(value: object) -> object:
@@ -157,17 +170,27 @@ class InferenceRequest(Value):
         """Whether the answer is written token by token."""
         return self.kind not in (Kind.EMBED, Kind.CLASSIFY, Kind.RERANK)
 
+    @property
+    def features(self) -> frozenset[Feature]:
+        """What it needs of an engine beyond its kind."""
+        asked = {Feature.LOGPROBS: self.params.logprobs, Feature.JSON_SCHEMA: self.params.json_schema}
+        return frozenset(feature for feature, value in asked.items() if value is not None)
+
     def expired(self, now: float | None = None) -> bool:
         """Whether the deadline has passed."""
         return self.deadline is not None and (time.time() if now is None else now) >= self.deadline
 
 
 class Hop(Value):
-    """One engine that was tried and failed: it travels in the message headers."""
+    """One engine that was tried and failed: it travels in the message headers.
+
+    ``outage`` says that the engine was out of service, so that it may be tried again when it is back.
+    """
 
     engine: EngineName
     error: str
     time: float
+    outage: bool = False
 
 
 class Usage(Value):

@@ -1,7 +1,8 @@
 """Every error this project raises. This module imports nothing.
 
 What may be done about an error is an attribute of its class: ``hops`` says whether another engine may be tried with the
-same request. The docstring of a class is its default message.
+same request, ``transient`` whether the same engine may be tried again after a pause, ``outage`` that the engine failed
+and not the request: it may be tried again when the engine is back. The docstring of a class is its default message.
 """
 
 
@@ -9,6 +10,8 @@ class FleetError(Exception):
     """Something in the fleet went wrong."""
 
     hops = False
+    transient = False
+    outage = False
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message or (type(self).__doc__ or type(self).__name__).strip().splitlines()[0])
@@ -86,9 +89,29 @@ class EngineError(FleetError):
     hops = True
 
 
-class EngineLoadError(EngineError):
-    """The engine could not load the model."""
+class EngineBusy(EngineError):
+    """The engine cannot take the request just now."""
+
+    transient = True
 
 
 class EngineOutOfMemory(EngineError):
     """The engine ran out of memory."""
+
+
+class EngineOutage(EngineError):
+    """The engine is out of service."""
+
+    outage = True
+
+
+class EngineDied(EngineOutage):
+    """The engine's process died."""
+
+
+class EngineLoadError(EngineOutage):
+    """The engine could not load the model."""
+
+
+class EngineDisagrees(EngineLoadError):
+    """The engine's answers are not those of the reference."""

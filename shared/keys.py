@@ -14,6 +14,7 @@ under ``muai:``.
 ``muai:cancelled``                      zset result key -> time of cancellation, ms
 ``muai:workers:seen``                   zset worker id -> last announcement, ms
 ``muai:workers:info``                   hash worker id -> what the worker announces, JSON
+``muai:parity:<digest>``                what PyTorch answers to the parity gate's questions, JSON
 ======================================  ========================================================================
 """
 
@@ -71,3 +72,12 @@ def result_key(request_id: str) -> str:
 def reply_stream(client_id: str) -> str:
     """The stream a client reads its results from."""
     return f"{REPLY_PREFIX}{client_id}"
+
+
+PARITY_SECONDS = 30 * 24 * 3600
+"""How long reference answers are kept."""
+
+
+def parity_key(digest: str) -> str:
+    """What PyTorch answers to the fixed questions, for a model with this digest."""
+    return f"muai:parity:{digest}"

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import orjson
 import redis
 
 from shared import keys
 from shared.broker import lua
-from shared.contract import EngineName, Kind, Value
+from shared.contract import EngineName, Feature, Kind, Value
 
 
 class ServedModel(Value):
-    """A model that a worker can run, and the kinds it answers with it."""
+    """A model that a worker can run, and the kinds it answers with it.
+
+    ``parity`` is what came of holding its answers to the reference; ``notes`` what an operator should know of it.
+    """
 
     kinds: tuple[Kind, ...]
     loaded: bool = False
+    parity: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class EngineInfo(Value):
-    """One engine of a worker. ``failed`` names the models that it could not load, and why."""
+    """One engine of a worker. ``failed`` names the models that it cannot answer with now, and why."""
 
     name: EngineName
+    features: tuple[Feature, ...] = ()
     models: dict[str, ServedModel] = {}
     max_batch_size: int = 1
     failed: dict[str, str] = {}
@@ -38,10 +46,14 @@ class WorkerInfo(Value):
     in_flight: int = 0
     age_ms: int = 0
 
-    def serves(self, engine: EngineName, model: str, kind: Kind) -> bool:
+    def serves(self, engine: EngineName, model: str, kind: Kind, features: Collection[Feature] = ()) -> bool:
         """Whether this worker can answer a request of this kind for this model with this engine."""
         return any(
-            info.name is engine and model in info.models and kind in info.models[model].kinds for info in self.engines
+            info.name is engine
+            and model in info.models
+            and kind in info.models[model].kinds
+            and set(features) <= set(info.features)
+            for info in self.engines
         )
 
 

@@ -33,10 +33,18 @@ class VLLMSettings(Section):
 
     enabled: bool = Field(True, description="Whether workers may serve the vllm queue.")
     tensor_parallel_size: Positive = Field(1, description="GPUs that share one model's layers.")
-    dtype: Dtype = Field("auto", description="Number format of the weights.")
+    pipeline_parallel_size: Positive = Field(1, description="GPUs that hold one model's stages.")
+    dtype: Dtype = Field("auto", description="Number format of the weights; auto is float32 on a CPU.")
     max_model_len: Positive | None = Field(None, description="Longest sequence in tokens; null is the model's own.")
     gpu_memory_utilization: Fraction = Field(0.9, description="Share of the GPU's memory vLLM may take.")
-    swap_space: Annotated[int, Field(ge=0)] = Field(4, description="CPU memory in GB for swapped-out KV blocks.")
+    swap_space: Annotated[int, Field(ge=0)] = Field(
+        4, description="CPU memory in GB for KV blocks that leave the GPU; in effect where it is set."
+    )
+    max_num_seqs: Positive = Field(128, description="Most requests that run side by side.")
+    kv_cache_gb: Positive = Field(1, description="Memory for the KV cache in GB where vLLM runs on a CPU.")
+    enable_prefix_caching: bool = Field(True, description="Share the KV blocks of equal beginnings.")
+    kv_events: bool = Field(True, description="Publish which KV blocks are held (ZeroMQ, on this machine).")
+    engine_args: dict[str, Any] = Field({}, description="Further arguments of vLLM's AsyncEngineArgs.")
 
 
 class DeepSpeedSettings(Section):
@@ -89,6 +97,42 @@ class FakeSettings(Section):
     enabled: bool = Field(True, description="Whether workers may serve the fake queue.")
     latency_ms: Annotated[float, Field(ge=0.0)] = Field(0.0, description="How long a batch takes.")
     per_item_ms: Annotated[float, Field(ge=0.0)] = Field(0.0, description="How much longer for each member.")
+
+
+class BreakerSettings(Section):
+    """When an engine that keeps failing is rested."""
+
+    failures: Positive = Field(5, description="Failures of a model in a row, after which requests go elsewhere.")
+    rest_seconds: PositiveSeconds = Field(10.0, description="First rest before it is tried again; doubled each time.")
+    longest_rest_seconds: PositiveSeconds = Field(300.0, description="Longest rest.")
+
+
+class RetrySettings(Section):
+    """Errors that pass by themselves are tried again on the same engine before the request hops."""
+
+    attempts: Annotated[int, Field(ge=0)] = Field(2, description="How often.")
+    backoff_ms: Annotated[float, Field(ge=0.0)] = Field(50.0, description="First pause; doubled each time.")
+
+
+class ParitySettings(Section):
+    """Before an engine joins a model's chain, its answers are held to those of PyTorch in float32."""
+
+    enabled: bool = Field(True, description="Whether engines are checked.")
+    required: bool = Field(False, description="Whether a model that cannot be checked is refused.")
+    prompts: Annotated[int, Field(ge=1, le=32)] = Field(8, description="Fixed prompts that are asked.")
+    max_tokens: Annotated[int, Field(ge=1, le=256)] = Field(16, description="Greedy tokens for each prompt.")
+    min_token_agreement: Fraction = Field(1.0, description="Share of equal tokens, for engines in float32.")
+    min_token_agreement_reduced: Fraction = Field(0.5, description="The same for fewer bits and quantised weights.")
+    max_distance: Annotated[float, Field(ge=0.0)] = Field(
+        1e-3, description="Largest cosine distance of embeddings, or difference of scores, in float32."
+    )
+    max_distance_reduced: Annotated[float, Field(ge=0.0)] = Field(
+        0.05, description="The same for fewer bits and quantised weights."
+    )
+    max_reference_mb: Positive = Field(
+        8192, description="Largest weights for which a worker without the PyTorch engine computes the reference itself."
+    )
+    timeout_seconds: PositiveSeconds = Field(600.0, description="Longest wait for the reference.")
 
 
 class BatcherSettings(Section):
@@ -147,6 +191,9 @@ class OptimizationSettings(Section):
     onnx: OnnxSettings = OnnxSettings()
     pytorch: PyTorchSettings = PyTorchSettings()
     fake: FakeSettings = FakeSettings()
+    retry: RetrySettings = RetrySettings()
+    breaker: BreakerSettings = BreakerSettings()
+    parity: ParitySettings = ParitySettings()
     batcher: BatcherSettings = BatcherSettings()
     cache: CacheSettings = CacheSettings()
     tuner: TunerSettings = TunerSettings()
@@ -246,6 +293,9 @@ class ModelSpec(Section):
     path: str = Field(min_length=1, description="Folder with the weights (relative to the file), or a hub id.")
     kinds: tuple[Kind, ...] = Field((Kind.GENERATE, Kind.CHAT), min_length=1, description="What it can be asked.")
     engines: tuple[EngineName, ...] | None = Field(None, description="Engines that may serve it; null is all.")
+    engine_preference: tuple[EngineName, ...] | None = Field(
+        None, min_length=1, description="Order in which its engines are tried; null is the fleet's."
+    )
     pooling: Literal["mean", "cls", "last"] = Field("mean", description="How token vectors become one embedding.")
     normalize: bool = Field(True, description="Scale embeddings to length one.")
     max_length: Positive | None = Field(None, description="Longest sequence in tokens; null is the model's own.")

@@ -17,7 +17,7 @@ from celery import Celery
 from shared.broker import connect
 from shared.contract import EngineName
 from shared.errors import ConfigurationError, FleetError, MissingDependency
-from shared.registry import EngineInfo, ServedModel, WorkerInfo, WorkerRegistry
+from shared.registry import EngineInfo, WorkerInfo, WorkerRegistry
 from shared.settings import Settings
 from workers.canvas import Canvas
 from workers.delivery import Delivery, LeaseKeeper
@@ -25,7 +25,8 @@ from workers.engines import engine_class
 from workers.events import TaskObserver
 from workers.intake import Intake, Services
 from workers.models import ModelManager
-from workers.runner import EngineRunner
+from workers.parity import ParityGate
+from workers.runner import BatchRunner, ContinuousRunner, EngineRunner
 from workers.sweeper import Sweeper
 from workers.transport import Services as TransportServices
 
@@ -50,6 +51,7 @@ class Fleet:
         self._started = time.time()
         self._live: list[WorkerInfo] = []
         self._stop = threading.Event()
+        self._news = threading.Event()
         self._heartbeat: threading.Thread | None = None
 
     def transport_options(self) -> dict[str, Any]:
@@ -76,7 +78,7 @@ class Fleet:
         self.observer = TaskObserver(app)
         services = Services(
             self.settings, self.delivery, self.leases, self.observer, Canvas(app), self.worker_id, self.live_workers,
-            self.refresh,
+            self.refresh, self.announce_now,
         )  # fmt: skip
         for name in engines:
             self._add(name, services)
@@ -93,8 +95,10 @@ class Fleet:
         availability = cls.availability(self.settings)
         if not availability.ok:
             raise MissingDependency(f"the {name} engine cannot run here: {availability.reason}. {availability.remedy}")
-        models = ModelManager(cls(self.settings), self.settings)
-        runner = EngineRunner(models, lambda event: self.intakes[name.value].report(event))
+        gate = ParityGate(name, self.settings, self.client)
+        models = ModelManager(cls(self.settings), self.settings, gate)
+        kind = BatchRunner if models.engine.slots is None else ContinuousRunner
+        runner = kind(models, lambda event: self.intakes[name.value].report(event))
         self.intakes[name.value] = Intake(name.value, runner, services)
         self._runners.append(runner)
 
@@ -114,12 +118,10 @@ class Fleet:
         engines = tuple(
             EngineInfo(
                 name=runner.models.engine.name,
-                models={
-                    name: ServedModel(kinds=kinds, loaded=loaded)
-                    for name, (kinds, loaded) in runner.models.status().items()
-                },
-                max_batch_size=batcher.max_batch_size if batcher.enabled else 1,
-                failed=runner.models.failures(),
+                features=tuple(sorted(runner.models.engine.features)),
+                models=runner.models.status(),
+                max_batch_size=runner.models.engine.slots or (batcher.max_batch_size if batcher.enabled else 1),
+                failed={name: str(error)[:500] for name, error in runner.models.failures().items()},
             )
             for runner in self._runners
         )
@@ -139,21 +141,26 @@ class Fleet:
             self._heartbeat = threading.Thread(target=self._announce_forever, name="heartbeat", daemon=True)
             self._heartbeat.start()
 
+    def announce_now(self) -> None:
+        """Something about this worker has changed: do not wait for the next heartbeat."""
+        self._news.set()
+
     def _announce_forever(self) -> None:
-        while True:
+        while not self._stop.is_set():
+            self._news.clear()
             try:
                 self.registry.announce(self.describe())
                 self.refresh()
             except (redis.RedisError, OSError) as error:
                 logger.warning("cannot announce this worker: %s", error)
-            if self._stop.wait(self.settings.fleet.heartbeat_seconds):
-                return
+            self._news.wait(self.settings.fleet.heartbeat_seconds)
 
     # -- stop -------------------------------------------------------------------------------------------------------
 
     def leave(self) -> None:
         """Take this worker out of the registry: nothing is routed to it any longer."""
         self._stop.set()
+        self._news.set()
         if self._heartbeat is not None:
             self._heartbeat.join(timeout=5)
             self._heartbeat = None

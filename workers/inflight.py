@@ -24,9 +24,11 @@ class InFlight:
     name = TASK_NAME
     __slots__ = (
         "__weakref__",
+        "attempts",
         "body",
         "claimed",
         "embed",
+        "ended",
         "eventer",
         "headers",
         "hops",
@@ -60,6 +62,8 @@ class InFlight:
         self.claimed = claimed
         self.started = 0.0
         self.tokens = 0
+        self.attempts = 0
+        self.ended = False  # its outcome is known; what the engine may still say of it is not wanted
         self.task: Any = None
         self.eventer: Any = None  # set by Celery on what is in flight when it has to connect again
         self.embed: dict[str, Any] | None = None

@@ -21,7 +21,7 @@ from kombu.exceptions import OperationalError
 from vine import promise
 
 from shared import wire
-from shared.contract import EngineName
+from shared.contract import EngineName, InferenceRequest
 from shared.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -41,7 +41,7 @@ from workers.events import TaskObserver
 from workers.fallback import Fallback, FallbackDecision
 from workers.inflight import InFlight
 from workers.results import result_of
-from workers.runner import BatchDone, EngineRunner, Finished
+from workers.runner import BatchDone, EngineRunner, Event, Finished
 from workers.sizes import TokenEstimator
 
 logger = logging.getLogger(__name__)
@@ -49,8 +49,11 @@ logger = logging.getLogger(__name__)
 PREFETCH_WINDOW = 0.02
 """Seconds. The next batch is claimed while one runs only where a batch usually takes no longer than this."""
 
-PASS_ON_SECONDS = 0.02
-"""How long a request that another worker of the queue must run stays out of reach of this one."""
+TEND_SECONDS = 0.25
+"""How often what runs is looked at for requests that were cancelled or have expired."""
+
+AHEAD_SHARE = 0.25
+"""How much more than can run is claimed for an engine that batches by itself, so that no slot waits for the broker."""
 
 SETTLE_CHUNK = 256
 
@@ -67,6 +70,7 @@ class Services:
     worker_id: str
     live_workers: Callable[[], list[WorkerInfo]]
     refresh: Callable[[], None]
+    announce: Callable[[], None]
 
 
 Ending = Callable[[], None]
@@ -95,16 +99,21 @@ class Intake:
         self._runner = runner
         self._services = services
         self._limits = limits_of(services.settings)
+        self._slots = runner.slots
+        if runner.continuous:
+            self._slots += int(AHEAD_SHARE * self._slots)
+            self._limits = self._limits.unbatched()
         self._batcher: Batcher[InFlight] = Batcher(self._limits)
-        self._running: Batch[InFlight] | None = None
-        self._reports: deque[Finished | BatchDone] = deque()
+        self._running: dict[str, Batch[InFlight]] = {}
+        self._resting: set[InFlight] = set()
+        self._reports: deque[Event] = deque()
         self._outbox: list[_Ended] = []
         self._hub: Hub | None = None
         self._drain_soon = promise(self.drain)
         self._timer_at = float("inf")
         self._sizes = TokenEstimator(services.settings.optimization.batcher.length_buckets)
         self._fallback = Fallback(
-            runner.models, services.settings, services.worker_id, services.live_workers, services.refresh
+            self.engine, runner.models, services.settings, services.worker_id, services.live_workers, services.refresh
         )
         self._unfinished = 0
 
@@ -115,14 +124,17 @@ class Intake:
         self._hub = hub
         self._timer_at = float("inf")
         hub.call_soon(self._drain_soon)
+        hub.call_repeatedly(TEND_SECONDS, self._tend)
 
     def room(self) -> int:
         """How many more requests could start soon: nothing is claimed that another worker could run earlier."""
         if not self.accepting or not self._runner.loaded.is_set():
             return 0
-        if self._running is not None:
-            if not self._ends_soon(self._running, time.time()):
-                return 0
+        if self._runner.continuous:
+            return self._slots - len(self._running) - len(self._batcher)
+        now = time.time()
+        if not all(self._ends_soon(batch, now) for batch in self._running.values()):
+            return 0
         most = self._limits.max_batch_size
         if self._sizes.mean:
             most = min(most, max(1, int(self._limits.max_batch_tokens / self._sizes.mean)))
@@ -145,7 +157,7 @@ class Intake:
         try:
             self._admit(item)
         except UndecodableMessage as error:
-            self._end(outcome.failed(item, error, dead_reason=str(error)), lambda: None)
+            self._end(item, outcome.failed(item, error, dead_reason=str(error)), lambda: None)
         except FleetError as error:
             self._fail(item, error)
         except Exception as error:  # the boundary: no message may stop the loop that takes all the others
@@ -160,22 +172,25 @@ class Intake:
             )
         eta = item.eta
         if eta is not None and eta > item.claimed:
-            self._end(outcome.delayed(item.lease, eta), lambda: None)
+            self._end(item, outcome.delayed(item.lease, eta), lambda: None)
             return
         args, kwargs, item.embed = item.decode()
         self._services.observer.received(item)
         item.request = request = item.validated(args, kwargs)
         if self._unwanted(item, item.claimed):
             return
-        if not self._runner.models.serves(request.model, request.kind):
+        if not self._runner.models.serves(request.model, request.kind, request.features):
             self._go_on(item, self._fallback.elsewhere(request, item.hops))
             return
         last_moment = item.last_moment()
         if last_moment is not None:
             self._services.leases.hold(item.lease, last_moment)
         item.tokens = self._sizes.tokens(request)
+        self._wait(item, request, item.claimed)
+
+    def _wait(self, item: InFlight, request: InferenceRequest, now: float) -> None:
         key = (request.model, self._runner.models.engine.compatibility(request), self._sizes.bucket(request))
-        self._batcher.add(item, key, item.tokens, item.claimed)
+        self._batcher.add(item, key, item.tokens, now)
 
     def claimed(self, claim: Claim) -> None:
         """All messages of a claim were received."""
@@ -190,19 +205,33 @@ class Intake:
         for item in self._batcher.remove(lambda item: item.id in gone):
             self._revoke(item, Cancelled(), expired=False)
 
+    def _tend(self) -> None:
+        """End what runs and is not wanted any longer, and let the engine know."""
+        running = [item for batch in self._running.values() for item in batch.items if not item.ended]
+        if not running:
+            return
+        gone = self._services.delivery.cancelled_among([item.id for item in running])
+        now = time.time()
+        for item in running:
+            if item.id in gone:
+                self._revoke(item, Cancelled(), expired=False)
+            elif not self._unwanted(item, now):
+                continue
+            self._runner.abort(item)
+        self._flush()
+
     # -- batch ------------------------------------------------------------------------------------------------------
 
     def pump(self) -> None:
-        """Start the batch that is due, if the engine is free; otherwise come back when one is."""
+        """Start what is due, where the engine has room; otherwise come back when something is."""
         now = time.time()
-        if self._running is None and len(self._batcher):
+        if len(self._running) < self._slots and len(self._batcher):
             for item in self._batcher.remove(lambda item: self._is_unwanted(item, now)):
                 self._unwanted(item, now)
-            batch = self._batcher.take(now)
-            if batch is not None:
+            while len(self._running) < self._slots and (batch := self._batcher.take(now)) is not None:
                 self._start(batch, now)
             self._flush()
-        due = self._batcher.due_at(now) if self._running is None else None
+        due = self._batcher.due_at(now) if len(self._running) < self._slots else None
         if due is not None and due < self._timer_at and self._hub is not None:
             self._timer_at = due
             self._hub.call_later(max(0.0, due - now), self._on_timer)
@@ -212,12 +241,14 @@ class Intake:
         self.pump()
 
     def _start(self, batch: Batch[InFlight], now: float) -> None:
-        self._running = batch
+        self._running[batch.items[0].lease] = batch
         for item in batch.items:
             item.started = now
             self._services.observer.started(item)
             self._sizes.started(item.tokens)
         self._runner.submit(batch)
+        if self._runner.continuous:
+            return
         if not self._ends_soon(batch, now):
             self._give_back_waiting()
         elif self._hub is not None:
@@ -225,7 +256,7 @@ class Intake:
 
     def _relieve(self, batch: Batch[InFlight]) -> None:
         """The batch takes longer than its like: let others have what was claimed in the hope that it would not."""
-        if self._running is batch:
+        if batch.items[0].lease in self._running:
             self._give_back_waiting()
             self._flush()
 
@@ -237,11 +268,11 @@ class Intake:
         if not any(self.queue in worker.queues for worker in self._services.live_workers() if worker.id != me):
             return
         for item in reversed(self._batcher.drain()):
-            self._end(Outcome.give_back(item.lease), partial(self._services.observer.given_back, item))
+            self._end(item, Outcome.give_back(item.lease), partial(self._services.observer.given_back, item))
 
     # -- run and settle ---------------------------------------------------------------------------------------------
 
-    def report(self, event: Finished | BatchDone) -> None:
+    def report(self, event: Event) -> None:
         """The engine's thread says what became of a member or a batch."""
         self._reports.append(event)
         if self._hub is not None:
@@ -250,7 +281,7 @@ class Intake:
     def drain(self) -> None:
         """Write the outcomes of what the engine reported, and start the next batch."""
         self._take_reports()
-        if self._running is None:
+        if len(self._running) < self._slots:
             self.pump()
         self._flush()
 
@@ -258,18 +289,24 @@ class Intake:
         while self._reports:
             # It leaves the queue when it is dealt with: where the broker fails on the way, it is dealt with again.
             event = self._reports[0]
-            if isinstance(event, BatchDone):
-                self._batcher.finished(event.batch.key, len(event.batch.items), event.seconds)
-                self._running = None
-            else:
+            if isinstance(event, Finished):
                 self._finish(event)
+            elif isinstance(event, BatchDone):
+                self._batcher.finished(event.batch.key, len(event.batch.items), event.seconds)
+                self._running.pop(event.batch.items[0].lease, None)
+            else:
+                self._services.announce()
             self._reports.popleft()
 
     def _finish(self, done: Finished) -> None:
         item, request = done.item, done.item.request
+        if item.ended:
+            return
         try:
             if isinstance(done.outcome, EngineOutput):
                 self._succeed(item, done, done.outcome)
+            elif done.outcome.transient and self._try_again(item, done.outcome):
+                return
             elif done.outcome.hops and request is not None and self._services.settings.optimization.fallback_on_error:
                 self._go_on(item, self._fallback.after_failure(request, item.hops, done.outcome))
             else:
@@ -284,6 +321,27 @@ class Intake:
             logger.exception("the outcome of request %s cannot be written", item.id)
             self._fail(item, EngineError(f"the {self.engine} engine's answer cannot be written: {error}"))
 
+    def _try_again(self, item: InFlight, error: FleetError) -> bool:
+        """Let a request that met a passing error run again here after a pause; ``False`` where it has had enough."""
+        retry = self._services.settings.optimization.retry
+        pause = retry.backoff_ms / 1000 * 2**item.attempts
+        last_moment = item.last_moment()
+        if self._hub is None or not self.accepting or item.attempts >= retry.attempts:
+            return False
+        if last_moment is not None and time.time() + pause >= last_moment:
+            return False
+        item.attempts += 1
+        logger.info("request %s is tried again in %.0f ms: %s", item.id, pause * 1000, type(error).__name__)
+        self._resting.add(item)
+        self._hub.call_later(pause, self._come_back, item)
+        return True
+
+    def _come_back(self, item: InFlight) -> None:
+        if item in self._resting and item.request is not None:
+            self._resting.discard(item)
+            self._wait(item, item.request, time.time())
+            self.pump()
+
     def _succeed(self, item: InFlight, done: Finished, output: EngineOutput) -> None:
         now = time.time()
         if item.request is not None:
@@ -292,7 +350,9 @@ class Intake:
         children = self._services.canvas.succeeded(item, result)
         observer = self._services.observer
         self._end(
-            outcome.succeeded(item, result, children), lambda: observer.succeeded(item, result, now - item.started)
+            item,
+            outcome.succeeded(item, result, children),
+            lambda: observer.succeeded(item, result, now - item.started),
         )
 
     def _go_on(self, item: InFlight, decision: FallbackDecision) -> None:
@@ -301,17 +361,19 @@ class Intake:
         observer, error = self._services.observer, decision.error
         if decision.engine is None:
             # The pause keeps it from coming straight back here.
-            self._end(outcome.delayed(item.lease, now + PASS_ON_SECONDS), partial(observer.given_back, item))
+            due = min(now + decision.pause, item.last_moment() or float("inf"))
+            self._end(item, outcome.delayed(item.lease, due), partial(observer.given_back, item))
             return
         if error is not None:
             logger.warning(
                 "request %s hops from %s to %s: %s", item.id, self.engine, decision.engine, type(error).__name__
             )
         ending = partial(observer.given_back, item) if error is None else partial(observer.retried, item, error)
-        self._end(outcome.hopped(item, decision.engine, error, self.engine, now), ending)
+        self._end(item, outcome.hopped(item, decision.engine, error, self.engine, now), ending)
 
     def _fail(self, item: InFlight, error: FleetError) -> None:
         self._end(
+            item,
             outcome.failed(item, error),
             lambda: self._services.observer.failed(item, error),
             before=partial(self._services.canvas.failed, item, error),
@@ -335,17 +397,26 @@ class Intake:
         elif expires is not None and now >= expires:
             self._revoke(item, Cancelled("the task expired before it was started"), expired=True)
         elif item.request is not None and item.request.expired(now):
-            self._fail(item, DeadlineExceeded())
+            self._fail(item, self._late(item, item.request))
         else:
             return False
         return True
 
+    def _late(self, item: InFlight, request: InferenceRequest) -> DeadlineExceeded:
+        """The error of a request whose deadline has passed, with what kept it from being answered."""
+        reasons = [f"{hop.engine}: {hop.error}" for hop in item.hops]
+        failure = self._runner.models.failures().get(request.model)
+        if failure is not None:
+            reasons.append(f"{self.engine}: {failure}")
+        return DeadlineExceeded(f"the request's deadline passed ({'; '.join(reasons)})" if reasons else None)
+
     def _revoke(self, item: InFlight, error: Cancelled, expired: bool) -> None:
-        self._end(outcome.revoked(item, error), lambda: self._services.observer.revoked(item, expired))
+        self._end(item, outcome.revoked(item, error), lambda: self._services.observer.revoked(item, expired))
 
     # -- outcomes ---------------------------------------------------------------------------------------------------
 
-    def _end(self, ended: Outcome, ending: Ending, before: Ending | None = None) -> None:
+    def _end(self, item: InFlight, ended: Outcome, ending: Ending, before: Ending | None = None) -> None:
+        item.ended = True
         self._outbox.append(_Ended(ended, ending, before))
 
     def _flush(self) -> None:
@@ -385,21 +456,25 @@ class Intake:
     def give_back(self) -> None:
         """Claim no more, and return what waits to the queue at once."""
         self.accepting = False
-        for item in reversed(self._batcher.drain()):
-            self._end(Outcome.give_back(item.lease), partial(self._services.observer.given_back, item))
+        waiting = [*self._batcher.drain(), *self._resting]
+        self._resting.clear()
+        for item in reversed(waiting):
+            self._end(item, Outcome.give_back(item.lease), partial(self._services.observer.given_back, item))
         self._flush()
 
     def finish(self, deadline: float) -> None:
         """Wait for the running batch until ``deadline`` (monotonic seconds); return what did not end to the queue."""
-        while self._running is not None and time.monotonic() < deadline:
+        while self._running and time.monotonic() < deadline:
             if not self._reports:
                 time.sleep(0.005)
             self._settle_reports()
         self._settle_reports()
-        if self._running is not None:
-            for item in self._running.items:
-                self._end(Outcome.give_back(item.lease), lambda: None)
-            logger.warning("%d requests did not end in time and went back to %s", len(self._running.items), self.queue)
+        left = [item for batch in self._running.values() for item in batch.items if not item.ended]
+        for item in left:
+            self._end(item, Outcome.give_back(item.lease), lambda: None)
+            self._runner.abort(item)
+        if left:
+            logger.warning("%d requests did not end in time and went back to %s", len(left), self.queue)
             self._flush()
 
     def _settle_reports(self) -> None:

@@ -43,7 +43,8 @@ def hopped(
     """
     hops = [hop.model_dump(mode="json") for hop in item.hops]
     if error is not None:
-        hops.append(Hop(engine=failed_engine, error=str(error)[:500], time=now).model_dump(mode="json"))
+        hop = Hop(engine=failed_engine, error=str(error)[:500], time=now, outage=error.outage)
+        hops.append(hop.model_dump(mode="json", exclude_defaults=True))
     queue = keys.queue_of(engine)
     header = {"hops": hops, "sent": item.sent}
     retries = int(item.headers.get("retries") or 0) + (1 if error is not None else 0)

@@ -1,4 +1,8 @@
-"""One engine on a thread of its own: takes batches, reports each member's outcome as soon as it is known."""
+"""An engine on a thread of its own: takes work, reports each request's outcome as soon as it is known.
+
+:class:`BatchRunner` runs one batch after the other; :class:`ContinuousRunner` hands requests to an engine that batches
+by itself. Either also brings a model back when its rest is over, while nothing waits.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,16 @@ import logging
 import queue
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum
 
 from shared.contract import InferenceRequest
-from shared.errors import EngineError, EngineLoadError, EngineOutOfMemory, FleetError
+from shared.errors import BadRequest, EngineError, EngineOutOfMemory, FleetError
 from workers.batcher import Batch
-from workers.engines.base import EngineOutput
+from workers.engines.base import ContinuousModel, EngineOutput
 from workers.inflight import InFlight
 from workers.models import ModelManager
 
@@ -24,7 +30,7 @@ Result = EngineOutput | FleetError
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A member's outcome."""
+    """A member's outcome. ``batch_size`` is how many ran side by side."""
 
     item: InFlight
     outcome: Result
@@ -34,25 +40,47 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class BatchDone:
-    """All members of a batch are through; the engine is free. ``seconds`` is how long it ran."""
+    """All members of a batch are through. ``seconds`` is how long it ran."""
 
     batch: Batch[InFlight]
     seconds: float
 
 
-Report = Callable[[Finished | BatchDone], None]
+@dataclass(frozen=True, slots=True)
+class ModelsChanged:
+    """What the engine can be asked has changed: the registry should know."""
 
 
-class EngineRunner:
-    """Runs batches one after the other. ``report`` is called on the engine's thread and must not block."""
+class _Signal(Enum):
+    STOP = "stop"
+    LOOK = "look"  # a model has begun to rest: there is a time to wake up at
+
+
+Event = Finished | BatchDone | ModelsChanged
+Report = Callable[[Event], None]
+
+
+class EngineRunner(ABC):
+    """The thread of an engine. ``report`` is called on it, or on a thread of the engine, and must not block."""
 
     def __init__(self, models: ModelManager, report: Report) -> None:
         self.models = models
         self._report = report
-        self._inbox: queue.SimpleQueue[Batch[InFlight] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Batch[InFlight] | _Signal] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"engine-{models.engine.name}", daemon=True)
         self._preload: Sequence[str] = ()
         self.loaded = threading.Event()
+        models.on_change = self._changed
+
+    @property
+    def slots(self) -> int:
+        """How many batches run side by side."""
+        return self.models.engine.slots or 1
+
+    @property
+    def continuous(self) -> bool:
+        """Whether the engine batches by itself, so that requests are to be given to it one by one."""
+        return self.models.engine.slots is not None
 
     def start(self, preload: Sequence[str]) -> None:
         """Start the thread; ``preload`` is loaded first and :attr:`loaded` is set after it."""
@@ -63,9 +91,16 @@ class EngineRunner:
         """Queue a batch."""
         self._inbox.put(batch)
 
+    def abort(self, item: InFlight) -> None:
+        """The answer to a running request is not wanted any longer."""
+        request = item.request
+        model = self.models.find(request.model) if request is not None else None
+        if request is not None and model is not None:
+            model.abort(request.id)
+
     def stop(self, timeout: float) -> bool:
         """Let the current batch finish, unload, and end the thread; ``False`` if it is still running after that."""
-        self._inbox.put(None)
+        self._inbox.put(_Signal.STOP)
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
@@ -74,15 +109,56 @@ class EngineRunner:
             with suppress(FleetError):  # it is logged and announced; requests for it go to other engines
                 self.models.get(name)
         self.loaded.set()
-        while (batch := self._inbox.get()) is not None:
-            started = time.perf_counter()
-            self._run_batch(batch)
-            self._report(BatchDone(batch, time.perf_counter() - started))
+        while True:
+            try:
+                batch = self._inbox.get(timeout=self._patience())
+            except queue.Empty:
+                self.models.revive()
+                self._report(ModelsChanged())
+                continue
+            if batch is _Signal.STOP:
+                break
+            if isinstance(batch, Batch):
+                self._take(batch)
         self.models.close()
 
-    def _run_batch(self, batch: Batch[InFlight]) -> None:
-        name = batch.items[0].request.model if batch.items[0].request else ""
-        self._attempt(name, batch.items, len(batch.items))
+    def _patience(self) -> float | None:
+        """Seconds until a model's rest is over."""
+        due = self.models.revive_at()
+        return None if due == float("inf") else max(0.0, due - time.monotonic())
+
+    @abstractmethod
+    def _take(self, batch: Batch[InFlight]) -> None:
+        """Run a batch, or let it run."""
+
+    def _finish(self, item: InFlight, outcome: Result, batch_size: int, started: float) -> None:
+        name = _model_of(item)
+        if isinstance(outcome, EngineOutput):
+            self.models.succeeded(name)
+        elif outcome.hops:
+            self.models.failed(name, outcome)
+        self._report(Finished(item, outcome, batch_size, (time.perf_counter() - started) * 1000))
+
+    def _changed(self) -> None:
+        """A model has begun to rest: the fleet should know, and the thread has a time to wake up at."""
+        self._report(ModelsChanged())
+        self._inbox.put(_Signal.LOOK)
+
+    def _wrapped(self, error: Exception) -> FleetError:
+        """An engine's exception as an error of ours."""
+        if isinstance(error, FleetError):
+            return error
+        logger.error("the %s engine failed", self.models.engine.name, exc_info=error)
+        return EngineError(f"{self.models.engine.name}: {type(error).__name__}: {error}")
+
+
+class BatchRunner(EngineRunner):
+    """Runs batches one after the other."""
+
+    def _take(self, batch: Batch[InFlight]) -> None:
+        started = time.perf_counter()
+        self._attempt(_model_of(batch.items[0]), batch.items, len(batch.items))
+        self._report(BatchDone(batch, time.perf_counter() - started))
 
     def _attempt(self, name: str, items: Sequence[InFlight], batch_size: int) -> None:
         """Run ``items`` together. When the engine fails on all, run parts by themselves: the bad member fails alone."""
@@ -93,7 +169,7 @@ class EngineRunner:
             item = open_members.pop(index, None)
             if item is None:
                 raise EngineError(f"member {index} of {len(items)} was answered twice, or is not there")
-            self._report(Finished(item, outcome, batch_size, (time.perf_counter() - started) * 1000))
+            self._finish(item, outcome, batch_size, started)
 
         error: FleetError
         try:
@@ -102,21 +178,51 @@ class EngineRunner:
             if not open_members:
                 return
             error = EngineError(f"the {self.models.engine.name} engine left {len(open_members)} members unanswered")
-        except FleetError as raised:
-            error = raised
-        except Exception as raised:
-            logger.exception("the %s engine failed on a batch of %d", self.models.engine.name, len(items))
-            error = EngineError(f"{self.models.engine.name}: {type(raised).__name__}: {raised}")
+        except Exception as raised:  # noqa: BLE001  # the boundary: whatever an engine raises is an outcome
+            error = self._wrapped(raised)
         left = list(open_members.values())
-        if (len(left) == 1 and len(items) == 1) or isinstance(error, EngineLoadError) or not error.hops:
+        if (len(left) == 1 and len(items) == 1) or error.outage or not error.hops:
             for item in left:
-                self._report(Finished(item, error, batch_size, (time.perf_counter() - started) * 1000))
+                self._finish(item, error, batch_size, started)
             return
-        # Out of memory: a smaller batch may fit, so halves. Anything else: one by one finds the member at fault.
-        size = max(1, len(left) // 2) if isinstance(error, EngineOutOfMemory) else 1
+        size = 1  # one by one finds the member at fault
+        if isinstance(error, EngineOutOfMemory):
+            self.models.unload_others(name, "out of memory")
+            size = max(1, len(left) // 2)  # a smaller batch may fit
         for first in range(0, len(left), size):
             part = left[first : first + size]
             self._attempt(name, part, len(part))
+
+
+class ContinuousRunner(EngineRunner):
+    """Hands requests, each a batch of its own, to an engine that batches by itself."""
+
+    def __init__(self, models: ModelManager, report: Report) -> None:
+        super().__init__(models, report)
+        self._running: set[InFlight] = set()
+
+    def _take(self, batch: Batch[InFlight]) -> None:
+        started = time.perf_counter()
+        item, request = batch.items[0], batch.items[0].request
+        self._running.add(item)
+        size = len(self._running)
+
+        def done(outcome: Result) -> None:
+            self._running.discard(item)
+            self._finish(item, outcome, size, started)
+            self._report(BatchDone(batch, time.perf_counter() - started))
+
+        try:
+            model = self.models.get(_model_of(item))
+            if not isinstance(model, ContinuousModel) or request is None:
+                raise BadRequest("the request cannot join what runs")
+            model.submit(request, done)
+        except Exception as raised:  # noqa: BLE001  # likewise
+            done(self._wrapped(raised))
+
+
+def _model_of(item: InFlight) -> str:
+    return item.request.model if item.request is not None else ""
 
 
 def _requests(items: Sequence[InFlight]) -> list[InferenceRequest]:

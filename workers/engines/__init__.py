@@ -10,6 +10,7 @@ from shared.errors import ConfigurationError
 from workers.engines.base import Engine
 
 _CLASSES: dict[EngineName, str] = {
+    EngineName.VLLM: "workers.engines.vllm:VLLMEngine",
     EngineName.ONNX: "workers.engines.onnx:OnnxEngine",
     EngineName.PYTORCH: "workers.engines.pytorch:PyTorchEngine",
     EngineName.FAKE: "workers.engines.fake:FakeEngine",

@@ -6,12 +6,13 @@ over every engine.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-from shared.contract import EngineName, InferenceRequest, Kind, Usage
+from shared.contract import EngineName, Feature, InferenceRequest, Kind, Usage
 from shared.errors import FleetError
 from shared.settings import ModelSpec, Settings
 
@@ -57,6 +58,18 @@ class LoadedModel(ABC):
     max_context: int | None = None
     """Longest sequence (prompt and completion) in tokens; ``None`` where the model has no limit."""
     memory_bytes: int = 0
+    precision: str = "float32"
+    """Number format of the weights: how closely its answers can be held to those of the reference."""
+    notes: tuple[str, ...] = ()
+    """What an operator should know of how it was loaded."""
+
+    on_death: Callable[[FleetError], None] | None = None
+    """Called, on any thread, as soon as it is known that a process of the model's own has died."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can still answer; ``False`` where a process of its own has died."""
+        return True
 
     @abstractmethod
     def infer(self, requests: Sequence[InferenceRequest], emit: Emit) -> None:
@@ -67,6 +80,9 @@ class LoadedModel(ABC):
         :class:`~shared.errors.EngineOutOfMemory` for memory, any other for the rest.
         """
 
+    def abort(self, request_id: str) -> None:
+        """The answer to a running request is not wanted any longer. May be called from any thread; may do nothing."""
+
     def warmup(self) -> None:
         """Run once after loading so that the first request does not pay for lazy initialisation."""
 
@@ -74,10 +90,39 @@ class LoadedModel(ABC):
         """Free the memory."""
 
 
+Done = Callable[[EngineOutput | FleetError], None]
+"""Takes the outcome of one request, once, on any thread."""
+
+
+class ContinuousModel(LoadedModel):
+    """A model that batches by itself: requests join and leave what runs at any time."""
+
+    @abstractmethod
+    def submit(self, request: InferenceRequest, done: Done) -> None:
+        """Take a request in and return at once. Where the model has died, ``done`` is given that."""
+
+    def infer(self, requests: Sequence[InferenceRequest], emit: Emit) -> None:
+        """Submit all and wait for all."""
+        left = threading.Semaphore(0)
+
+        def done_of(index: int) -> Done:
+            def done(outcome: EngineOutput | FleetError) -> None:
+                emit(index, outcome)
+                left.release()
+
+            return done
+
+        for index, request in enumerate(requests):
+            self.submit(request, done_of(index))
+        for _ in requests:
+            left.acquire()
+
+
 class Engine(ABC):
-    """Loads models for one kind of runtime."""
+    """Loads models for one kind of runtime. ``features`` is what it can do beyond answering a kind."""
 
     name: ClassVar[EngineName]
+    features: ClassVar[frozenset[Feature]] = frozenset()
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -90,6 +135,14 @@ class Engine(ABC):
     @abstractmethod
     def load(self, spec: ModelSpec) -> LoadedModel:
         """Load a model; raise :class:`~shared.errors.EngineLoadError` where that fails."""
+
+    @property
+    def slots(self) -> int | None:
+        """How many requests run side by side where the engine batches by itself; ``None`` where it is given batches.
+
+        The models of an engine with slots are :class:`ContinuousModel`.
+        """
+        return None
 
     def compatibility(self, request: InferenceRequest) -> Hashable:
         """Requests with equal keys (and the same model) may share a batch."""

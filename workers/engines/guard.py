@@ -1,0 +1,45 @@
+"""Processes that an engine's library starts, and that would live on when their parent is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterable
+from contextlib import suppress
+
+_SCRIPT = 'pids=; while read -r line; do pids=$line; done; test -z "$pids" || kill -9 $pids'
+
+
+class Guard:
+    """Kills processes when this process ends, however it ends: a shell waits for the end of a pipe from here."""
+
+    def __init__(self, pids: Iterable[int]) -> None:
+        self.pids = tuple(pids)
+        self._shell = subprocess.Popen(  # noqa: S603  # a constant script
+            ["/bin/sh", "-c", _SCRIPT], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        )  # fmt: skip
+        self._say(" ".join(map(str, self.pids)))
+
+    def close(self) -> None:
+        """Kill what is left of them now."""
+        for pid in self.pids:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        self._say("")
+        if self._shell.stdin is not None:
+            self._shell.stdin.close()
+        self._shell.wait()
+
+    def _say(self, line: str) -> None:
+        if self._shell.stdin is not None:
+            with suppress(BrokenPipeError):
+                self._shell.stdin.write(f"{line}\n".encode())
+                self._shell.stdin.flush()
+
+
+def descendants() -> set[int]:
+    """The processes that this one started, and those they started."""
+    import psutil
+
+    return {process.pid for process in psutil.Process().children(recursive=True)}
