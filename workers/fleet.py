@@ -13,6 +13,7 @@ from typing import Any
 
 import redis
 from celery import Celery
+from celery.worker import state
 
 from shared.broker import connect
 from shared.contract import EngineName
@@ -21,11 +22,12 @@ from shared.registry import EngineInfo, ServedModel, WorkerInfo, WorkerRegistry
 from shared.settings import Settings
 from workers.canvas import Canvas
 from workers.delivery import Delivery, LeaseKeeper
+from workers.devices.devices import Devices
 from workers.engines import engine_class
 from workers.events import TaskObserver
 from workers.intake import Intake, Services
 from workers.models import ModelManager
-from workers.runner import EngineRunner
+from workers.runner import BatchDone, EngineRunner, Finished
 from workers.sweeper import Sweeper
 from workers.transport import Services as TransportServices
 
@@ -42,6 +44,7 @@ class Fleet:
         self.delivery = Delivery(self.client, settings.fleet)
         self.leases = LeaseKeeper(self.delivery, settings.fleet)
         self.registry = WorkerRegistry(self.client, settings.fleet.silent_after_seconds)
+        self.devices = Devices(settings, self.client, self.worker_id)
         self.sweeper = Sweeper(self.delivery, settings.fleet.max_deliveries)
         self.intakes: dict[str, Intake] = {}
         self.observer: TaskObserver | None = None
@@ -69,10 +72,11 @@ class Fleet:
         """Load the engines that the queues name, and the models that are to be preloaded.
 
         Raises :class:`ConfigurationError` for an engine that is switched off, :class:`MissingDependency` for one whose
-        library is not here.
+        library is not here, :class:`NoDeviceAvailable` where the GPUs that they need are not to be had.
         """
         self._queues = tuple(queues)
         engines = [EngineName(queue) for queue in self._queues if queue in set(EngineName)]
+        self.devices.take(engines, check=state.maybe_shutdown)
         self.observer = TaskObserver(app)
         services = Services(
             self.settings, self.delivery, self.leases, self.observer, Canvas(app), self.worker_id, self.live_workers,
@@ -85,6 +89,7 @@ class Fleet:
             runner.start([model for model in preload if runner.models.declares(model)])
         for runner in self._runners:
             runner.loaded.wait()
+        self.devices.start(self.fail)
 
     def _add(self, name: EngineName, services: Services) -> None:
         if not self.settings.optimization.engine_enabled(name):
@@ -94,7 +99,13 @@ class Fleet:
         if not availability.ok:
             raise MissingDependency(f"the {name} engine cannot run here: {availability.reason}. {availability.remedy}")
         models = ModelManager(cls(self.settings), self.settings)
-        runner = EngineRunner(models, lambda event: self.intakes[name.value].report(event))
+
+        def report(event: Finished | BatchDone) -> None:
+            if isinstance(event, Finished):
+                self.devices.saw(event.outcome)
+            self.intakes[name.value].report(event)
+
+        runner = EngineRunner(models, report)
         self.intakes[name.value] = Intake(name.value, runner, services)
         self._runners.append(runner)
 
@@ -131,6 +142,8 @@ class Fleet:
             queues=self._queues,
             engines=engines,
             in_flight=sum(intake.in_flight for intake in self.intakes.values()),
+            gpus=self.devices.gpus,
+            gpu_problems=self.devices.problems,
         )
 
     def announce(self) -> None:
@@ -150,6 +163,13 @@ class Fleet:
                 return
 
     # -- stop -------------------------------------------------------------------------------------------------------
+
+    def fail(self, reason: str) -> None:
+        """Claim no more, drain, and end with status 1 so that a supervisor starts this worker anew. From any thread."""
+        logger.critical("this worker stops: %s", reason)
+        for intake in self.intakes.values():
+            intake.accepting = False
+        state.should_stop = 1  # Celery's loop looks at it at least at every sweep
 
     def leave(self) -> None:
         """Take this worker out of the registry: nothing is routed to it any longer."""
@@ -177,8 +197,12 @@ class Fleet:
 
     def close(self) -> None:
         """Unload the models and stop the threads."""
+        idle = True
         for runner in self._runners:
             if not runner.stop(timeout=5):
+                idle = False
                 logger.warning("the %s engine is still busy; leaving it", runner.models.engine.name)
+        if idle:  # else the GPUs are in use up to the very end, and are released there
+            self.devices.release()
         self.leases.close()
         self.client.close()
