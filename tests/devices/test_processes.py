@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,44 @@ from tests.conftest import ROOT, eventually
 from tests.nvml.standin import StandIn
 
 LEASE = 0.8
-STARTS = 40
+STARTS = 100
 SIZES = (2, 2, 1, 1, 1)
+
+
+@dataclass
+class Forked:
+    """A process that is another's child, as far as it can be handled without its parent."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """``None`` while it is there; its status is not known."""
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return 0
+        return None
+
+    def wait(self, timeout: float = 20) -> int:
+        eventually(lambda: self.poll() is not None, timeout, "the process's end")
+        return 0
+
+    def send_signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 @dataclass
 class Holder:
     """A process of ``tests.nvml.holder`` and what it has written."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     log: Path
     frozen: bool = False
 
@@ -57,17 +87,32 @@ Start = Callable[..., Holder]
 
 @pytest.fixture
 def start(broker: EmbeddedBroker, redis_client: redis.Redis, tmp_path: Path) -> Iterator[Start]:
-    """Starts holders on an empty broker; ends them with the test."""
+    """Starts holders on an empty broker, forked ones where many are wanted; ends them with the test."""
     made: list[Holder] = []
+    forkers: list[subprocess.Popen[str]] = []
 
-    def run(standin: StandIn, size: int, *, lease: float = LEASE, wait: float = 30, check: float = 60, **more: str):
+    def python(arguments: list[str], environ: dict[str, str], **streams: Any) -> subprocess.Popen[Any]:
+        command = [sys.executable, "-m", "tests.nvml.holder", *arguments]
+        environ = {**os.environ, **environ, "REDIS_URL": broker.url}
+        return subprocess.Popen(command, cwd=ROOT, env=environ, **streams)
+
+    def run(
+        standin: StandIn, size: int, *, lease: float = LEASE, wait: float = 30, check: float = 60, forked: bool = False,
+        **more: str,
+    ) -> Holder:  # fmt: skip
         log = tmp_path / f"holder-{len(made)}.jsonl"
         arguments = [str(value) for value in (size, lease, wait, check)]
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "tests.nvml.holder", *arguments], cwd=ROOT, stdout=out,
-                env={**os.environ, **standin.environ, "REDIS_URL": broker.url, **more},
-            )  # fmt: skip
+        log.touch()
+        if forked and not forkers:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            forkers.append(python(["fork"], standin.environ, **pipes))
+        if forked:
+            forkers[0].stdin.write(json.dumps({"log": str(log), "arguments": arguments}) + "\n")
+            forkers[0].stdin.flush()
+            process = Forked(int(forkers[0].stdout.readline()))
+        else:
+            with log.open("wb") as out:
+                process = python(arguments, {**standin.environ, **more}, stdout=out)
         made.append(Holder(process, log))
         return made[-1]
 
@@ -76,6 +121,8 @@ def start(broker: EmbeddedBroker, redis_client: redis.Redis, tmp_path: Path) -> 
         if holder.alive:
             holder.process.kill()
         holder.process.wait()
+    for forker in forkers:
+        forker.communicate()
 
 
 @dataclass(order=True)
@@ -118,7 +165,7 @@ def overlaps(holders: list[Holder]) -> tuple[int, list[tuple[Held, Held]]]:
 
 @pytest.mark.timeout(120)
 def test_processes_that_are_stopped_killed_and_frozen_never_share_a_gpu(machine, start, redis_client) -> None:
-    """Two tensor-parallel pairs and three singles on four GPUs, tens of starts, and every holding compared."""
+    """Two tensor-parallel pairs and three singles on four GPUs, a hundred starts, and every holding compared."""
     standin: StandIn = machine(4)
     rng = random.Random(7)
     slots: list[Holder | None] = [None] * len(SIZES)
@@ -130,11 +177,10 @@ def test_processes_that_are_stopped_killed_and_frozen_never_share_a_gpu(machine,
 
     def strike() -> bool:
         """Do something to one process that holds GPUs, or wait until one does."""
-        free = [at for at, holder in enumerate(slots) if not active(holder)]
-        if free and len(every) < STARTS:
-            at = rng.choice(free)
-            slots[at] = start(standin, SIZES[at])
-            every.append(slots[at])
+        for at, holder in enumerate(slots):
+            if not active(holder) and len(every) < STARTS:
+                slots[at] = start(standin, SIZES[at], lease=0.5, forked=True)
+                every.append(slots[at])
         targets = [holder for holder in slots if active(holder) and (holder.frozen or holder.said("grant"))]
         if not targets:
             return False
@@ -161,7 +207,7 @@ def test_processes_that_are_stopped_killed_and_frozen_never_share_a_gpu(machine,
     count, found = overlaps(every)
     assert found == []
     assert count > STARTS / 2
-    assert min(done.values()) >= 5
+    assert min(done.values()) >= 10
     assert all(len(set(line["gpus"])) in (1, 2) for holder in every for line in holder.lines if "gpus" in line)
     eventually(lambda: not read_gpus(redis_client).leases, 10, "the end of all leases")
 

@@ -1,7 +1,10 @@
 """A small process that holds GPUs as a worker does. It writes a line for all that happens to its lease.
 
-``python -m tests.nvml.holder <tensor parallel size> <lease seconds> <wait seconds> [<check seconds>]``; the lines are
+``python -m tests.nvml.holder <tensor parallel size> <lease seconds> <wait seconds> <check seconds>``; the lines are
 JSON: ``{"event": "held" | "grant" | "released" | "failed" | "refused", "gpus": [...], ...}``, times are monotonic.
+
+``python -m tests.nvml.holder fork`` starts many at little cost, for what takes long is imported once: it reads a line
+for each, ``{"log": <path>, "arguments": [...]}``, forks it, and writes its pid.
 """
 
 from __future__ import annotations
@@ -26,9 +29,21 @@ def say(event: str, **values: object) -> None:
     os.write(1, (json.dumps({"event": event, "pid": os.getpid(), "at": time.monotonic(), **values}) + "\n").encode())
 
 
-def main() -> int:
+def fork_all() -> None:
+    """Fork a holder for each line of the input."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them here
+    for line in sys.stdin:
+        order = json.loads(line)
+        if pid := os.fork():
+            print(pid, flush=True)
+        else:
+            os.dup2(os.open(order["log"], os.O_WRONLY | os.O_CREAT, 0o600), 1)
+            os._exit(main(order["arguments"]))
+
+
+def main(arguments: list[str]) -> int:
     """Hold until SIGTERM, a failure, or a lost lease."""
-    size, lease, wait, check = (float(text) for text in (*sys.argv[1:], "60")[:4])
+    size, lease, wait, check = map(float, arguments)
     settings = Settings.model_validate(
         {
             "optimization": {
@@ -75,4 +90,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(fork_all() if sys.argv[1] == "fork" else main(sys.argv[1:]))
