@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,6 @@ def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def machine(nvml_library: Path, tmp_path: Path) -> Iterator[Callable[[int], StandIn]]:
+def machine(nvml_library: Path, tmp_path: Path) -> Callable[[int], StandIn]:
     """Makes a machine with so many GPUs: ``machine(4)``."""
-    yield lambda count: StandIn(nvml_library, tmp_path / "nvml.state", count)
+    return lambda count: StandIn(nvml_library, tmp_path / "nvml.state", count)

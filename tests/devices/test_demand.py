@@ -59,7 +59,7 @@ def test_the_least_loaded_healthy_gpus_come_first() -> None:
 
 
 def test_cuda_is_confined_by_uuid_and_by_number_where_nothing_else_is_understood() -> None:
-    """vLLM reads the variable itself, as numbers."""
+    """VLLM reads the variable itself, as numbers."""
     slice_ = Gpu(-1, "MIG-1")
 
     assert visible_devices(Demand(2), GPUS, ["GPU-2", "GPU-0"]) == {"CUDA_VISIBLE_DEVICES": "GPU-2,GPU-0"}
@@ -93,9 +93,7 @@ def test_a_machine_that_is_too_small_is_named_at_once() -> None:
 
 def test_the_doctor_lists_leases_and_marks() -> None:
     """One finding: well without marks, a warning with the way to mend it where there are some."""
-    none, leased, marked = (
-        check_gpu_leases(board) for board in (GpuBoard(), GpuBoard(leases=BOARD.leases), BOARD)
-    )
+    none, leased, marked = (check_gpu_leases(board) for board in (GpuBoard(), GpuBoard(leases=BOARD.leases), BOARD))
 
     assert (none.grade, none.detail) == (Grade.OK, "none leased")
     assert (leased.grade, leased.detail) == (Grade.OK, "1 leased: GPU-0 by w1 (pid 7, 12 s left)")

@@ -118,8 +118,8 @@ def shortage(demand: Demand, gpus: Sequence[Gpu], board: GpuBoard, waited: float
     lines = [f"this worker needs {needed} ({demand.why}); they were not free for {waited:.0f} s:"]
     lines += [f"  {state_of(gpu, board)}" for gpu in gpus]
     lines.append(
-        "Stop one of the holders, start fewer replicas, or raise optimization.devices.wait_seconds. For a worker on the "
-        "CPU set optimization.pytorch.device: cpu, or only CPUExecutionProvider for onnx"
+        "Stop one of the holders, start fewer replicas, or raise optimization.devices.wait_seconds. For a worker on "
+        "the CPU set optimization.pytorch.device: cpu, or only CPUExecutionProvider for onnx"
     )
     return "\n".join(lines)
 

@@ -95,9 +95,9 @@ class GpuLeases:
 class LeaseHolder:
     """Keeps one lease alive from a thread of its own until it is closed or lost.
 
-    ``on_lost`` is called once, on that thread, with the uuids that another worker has by now: no GPU of the lease may be
-    used any longer. Silence of the broker is no loss: nobody else can lease them meanwhile, a worker without a broker gets no
-    requests, and once the broker is back it says whether the lease is still there.
+    ``on_lost`` is called once, on that thread, with the uuids that another worker has by now: no GPU of the lease may
+    be used any longer. Silence of the broker is no loss: nobody can lease them meanwhile, a worker without a broker
+    gets no requests, and once the broker is back it says whether the lease is still there.
     """
 
     def __init__(
