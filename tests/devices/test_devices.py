@@ -38,6 +38,7 @@ def make(redis_client: redis.Redis):
         one = Devices(
             settings, redis_client, f"w{len(made)}", environ={} if environ is None else environ,
             detect=lambda visible: found, health=health,
+            uses_cuda=lambda engine: engine is not EngineName.ONNX,
         )  # fmt: skip
         made.append(one)
         return one
@@ -59,6 +60,7 @@ def reasons(devices: Devices) -> list[str]:
         (Detected(reason="the driver shows no GPU"), {}, EngineName.PYTORCH),
         (TWO, {"enabled": False}, EngineName.PYTORCH),
         (TWO, {}, EngineName.FAKE),
+        (TWO, {}, EngineName.ONNX),  # built for the CPU
     ],
 )
 def test_nothing_happens_without_a_gpu_or_a_need(make: Callable[..., Devices], found, options, engine) -> None:

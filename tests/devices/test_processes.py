@@ -23,7 +23,7 @@ from tests.conftest import ROOT, eventually
 from tests.nvml.standin import StandIn
 
 LEASE = 0.8
-STARTS = 100
+STARTS = 60
 SIZES = (2, 2, 1, 1, 1)
 
 
@@ -165,7 +165,7 @@ def overlaps(holders: list[Holder]) -> tuple[int, list[tuple[Held, Held]]]:
 
 @pytest.mark.timeout(120)
 def test_processes_that_are_stopped_killed_and_frozen_never_share_a_gpu(machine, start, redis_client) -> None:
-    """Two tensor-parallel pairs and three singles on four GPUs, a hundred starts, and every holding compared."""
+    """Two tensor-parallel pairs and three singles on four GPUs, tens of starts, and every holding compared."""
     standin: StandIn = machine(4)
     rng = random.Random(7)
     slots: list[Holder | None] = [None] * len(SIZES)
@@ -207,7 +207,7 @@ def test_processes_that_are_stopped_killed_and_frozen_never_share_a_gpu(machine,
     count, found = overlaps(every)
     assert found == []
     assert count > STARTS / 2
-    assert min(done.values()) >= 10
+    assert min(done.values()) >= 5
     assert all(len(set(line["gpus"])) in (1, 2) for holder in every for line in holder.lines if "gpus" in line)
     eventually(lambda: not read_gpus(redis_client).leases, 10, "the end of all leases")
 

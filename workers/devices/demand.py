@@ -119,7 +119,8 @@ def shortage(demand: Demand, gpus: Sequence[Gpu], board: GpuBoard, waited: float
     lines += [f"  {state_of(gpu, board)}" for gpu in gpus]
     lines.append(
         "Stop one of the holders, start fewer replicas, or raise optimization.devices.wait_seconds. For a worker on "
-        "the CPU set optimization.pytorch.device: cpu, or only CPUExecutionProvider for onnx"
+        "the CPU set optimization.pytorch.device: cpu, or only CPUExecutionProvider for onnx; for workers that "
+        "are to share GPUs, at your own risk, optimization.devices.enabled: false"
     )
     return "\n".join(lines)
 

@@ -14,6 +14,7 @@ import redis
 from shared.contract import EngineName
 from shared.errors import NoDeviceAvailable
 from shared.settings import Settings
+from workers.devices.builds import built_for_cuda
 from workers.devices.demand import Demand, candidates_of, demand_of, shortage, too_few, visible_devices
 from workers.devices.lease import GpuLeases, LeaseHolder
 from workers.devices.monitor import DeviceMonitor, Failure, HealthPolicy, is_cuda_error
@@ -29,7 +30,8 @@ class Devices:
     """Leases GPUs for a worker's engines, and says when they can no longer be used.
 
     ``gpus`` are the uuids that are held, ``problems`` those that failed and why. Where the machine has no GPU, where no
-    engine wants one, and where ``optimization.devices`` is switched off, there are none and nothing happens.
+    engine wants one or can use one, and where ``optimization.devices`` is switched off, there are none and nothing
+    happens.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Devices:
         environ: MutableMapping[str, str] = os.environ,
         detect: Callable[[str | None], Detected] = detect,
         health: Callable[[Sequence[str]], HealthSource] = NvmlHealth,
+        uses_cuda: Callable[[EngineName], bool] = built_for_cuda,
     ) -> None:
         self.gpus: tuple[str, ...] = ()
         self.problems: dict[str, str] = {}
@@ -50,6 +53,7 @@ class Devices:
         self._environ = environ
         self._detect = detect
         self._health = health
+        self._uses_cuda = uses_cuda
         self._holder: LeaseHolder | None = None
         self._monitor: DeviceMonitor | None = None
         self._on_failure: Callable[[str], None] | None = None
@@ -68,7 +72,7 @@ class Devices:
         Raises :class:`NoDeviceAvailable` where the machine has too few GPUs, or too few were free for
         ``optimization.devices.wait_seconds``.
         """
-        demand = demand_of(self._optimization, engines)
+        demand = demand_of(self._optimization, filter(self._uses_cuda, engines))
         if not self._settings.enabled or not demand.count or self._holder is not None:
             return
         visible = self._environ.get("CUDA_VISIBLE_DEVICES")
