@@ -10,8 +10,10 @@ from typing import Any
 import redis
 
 from producer.findings import Finding, Grade
+from shared import keys
 from shared.broker import connect
 from shared.errors import FleetError
+from shared.gpus import GpuBoard, read_gpus
 from shared.masking import masked_url
 from shared.registry import WorkerInfo, WorkerRegistry
 from shared.settings import Settings
@@ -37,6 +39,7 @@ def check_broker(settings: Settings) -> Iterator[Finding]:
         yield check_latency(latency)
         workers = WorkerRegistry(client, settings.fleet.silent_after_seconds).live()
         yield check_workers(workers, settings)
+        yield check_gpu_leases(read_gpus(client))
     except (redis.RedisError, OSError) as error:
         reason = str(error).splitlines()[0]
         yield Finding(
@@ -109,3 +112,21 @@ def check_workers(workers: Sequence[WorkerInfo], settings: Settings) -> Finding:
             Grade.WARN, "workers", f"{text}; {'; '.join(problems)}", "start the workers with this configuration"
         )
     return Finding(Grade.OK, "workers", text)
+
+
+def check_gpu_leases(board: GpuBoard) -> Finding:
+    """Which worker has which GPU, and which GPUs failed and are left alone."""
+    leased = [
+        f"{lease.uuid} by {lease.holder.worker} (pid {lease.holder.pid}, {lease.seconds_left:.0f} s left)"
+        for lease in board.leases
+    ]
+    text = f"{len(leased)} leased: {', '.join(leased)}" if leased else "none leased"
+    if not board.marks:
+        return Finding(Grade.OK, "gpu leases", text)
+    marked = [f"{mark.uuid} for {mark.seconds_left:.0f} s more: {mark.reason}" for mark in board.marks]
+    uuids = " ".join(mark.uuid for mark in board.marks)
+    return Finding(
+        Grade.WARN, "gpu leases", f"{text}; {len(marked)} marked as failed: {', '.join(marked)}",
+        f"look at it with nvidia-smi -q -i {board.marks[0].uuid}; "
+        f'once it is well: redis-cli -u "$REDIS_URL" ZREM {keys.GPU_MARKED} {uuids}',
+    )  # fmt: skip

@@ -34,6 +34,10 @@ class BrokerUnavailable(FleetError):
     """The broker cannot be reached."""
 
 
+class NoDeviceAvailable(FleetError):
+    """The GPUs that this worker needs are not free."""
+
+
 # --- the caller's errors: no other engine would answer differently ------------------------------------------------
 
 

@@ -15,6 +15,10 @@ under ``muai:``.
 ``muai:workers:seen``                   zset worker id -> last announcement, ms
 ``muai:workers:info``                   hash worker id -> what the worker announces, JSON
 ``muai:parity:<digest>``                what PyTorch answers to the parity gate's questions, JSON
+``muai:gpu:leases``                     zset GPU uuid -> expiry of its lease, ms since the epoch
+``muai:gpu:holders``                    hash GPU uuid -> fence of its lease, newline, who holds it (JSON)
+``muai:gpu:marked``                     zset GPU uuid -> time until which nobody may lease it, ms since the epoch
+``muai:gpu:marks``                      hash GPU uuid -> why it is marked
 ======================================  ========================================================================
 """
 
@@ -35,6 +39,11 @@ DEAD_LETTERS: Final = "muai:dead"
 CANCELLED: Final = "muai:cancelled"
 WORKERS_SEEN: Final = "muai:workers:seen"
 WORKERS_INFO: Final = "muai:workers:info"
+
+GPU_LEASES: Final = "muai:gpu:leases"
+GPU_HOLDERS: Final = "muai:gpu:holders"
+GPU_MARKED: Final = "muai:gpu:marked"
+GPU_MARKS: Final = "muai:gpu:marks"
 
 REPLY_PREFIX: Final = "muai:reply:"
 LONGEST_KEY: Final = 512

@@ -35,7 +35,10 @@ class EngineInfo(Value):
 
 
 class WorkerInfo(Value):
-    """What a worker announces. ``age_ms`` is the time since it last did."""
+    """What a worker announces. ``age_ms`` is the time since it last did.
+
+    ``gpus`` are the uuids of the GPUs it has leased, ``gpu_problems`` says of those that failed why.
+    """
 
     id: str
     host: str
@@ -44,6 +47,8 @@ class WorkerInfo(Value):
     queues: tuple[str, ...]
     engines: tuple[EngineInfo, ...] = ()
     in_flight: int = 0
+    gpus: tuple[str, ...] = ()
+    gpu_problems: dict[str, str] = {}
     age_ms: int = 0
 
     def serves(self, engine: EngineName, model: str, kind: Kind, features: Collection[Feature] = ()) -> bool:

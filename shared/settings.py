@@ -135,6 +135,18 @@ class ParitySettings(Section):
     timeout_seconds: PositiveSeconds = Field(600.0, description="Longest wait for the reference.")
 
 
+class DevicesSettings(Section):
+    """GPUs: which worker of a machine has which."""
+
+    enabled: bool = Field(True, description="Lease GPUs, so that the workers of a machine take different ones.")
+    lease_seconds: PositiveSeconds = Field(30.0, description="How long a GPU stays with a silent worker.")
+    wait_seconds: Annotated[float, Field(ge=0.0)] = Field(
+        60.0, description="How long a starting worker waits for free GPUs."
+    )
+    check_seconds: PositiveSeconds = Field(5.0, description="How often the health of held GPUs is checked.")
+    max_cuda_errors: Positive = Field(3, description="CUDA errors within 60 s at which a GPU counts as failed.")
+
+
 class BatcherSettings(Section):
     """Micro-batching."""
 
@@ -194,6 +206,7 @@ class OptimizationSettings(Section):
     retry: RetrySettings = RetrySettings()
     breaker: BreakerSettings = BreakerSettings()
     parity: ParitySettings = ParitySettings()
+    devices: DevicesSettings = DevicesSettings()
     batcher: BatcherSettings = BatcherSettings()
     cache: CacheSettings = CacheSettings()
     tuner: TunerSettings = TunerSettings()

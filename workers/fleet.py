@@ -13,6 +13,7 @@ from typing import Any
 
 import redis
 from celery import Celery
+from celery.worker import state
 
 from shared.broker import connect
 from shared.contract import EngineName
@@ -21,12 +22,13 @@ from shared.registry import EngineInfo, WorkerInfo, WorkerRegistry
 from shared.settings import Settings
 from workers.canvas import Canvas
 from workers.delivery import Delivery, LeaseKeeper
+from workers.devices.devices import Devices
 from workers.engines import engine_class
 from workers.events import TaskObserver
 from workers.intake import Intake, Services
 from workers.models import ModelManager
 from workers.parity import ParityGate
-from workers.runner import BatchRunner, ContinuousRunner, EngineRunner
+from workers.runner import BatchRunner, ContinuousRunner, EngineRunner, Event, Finished
 from workers.sweeper import Sweeper
 from workers.transport import Services as TransportServices
 
@@ -43,6 +45,7 @@ class Fleet:
         self.delivery = Delivery(self.client, settings.fleet)
         self.leases = LeaseKeeper(self.delivery, settings.fleet)
         self.registry = WorkerRegistry(self.client, settings.fleet.silent_after_seconds)
+        self.devices = Devices(settings, self.client, self.worker_id)
         self.sweeper = Sweeper(self.delivery, settings.fleet.max_deliveries)
         self.intakes: dict[str, Intake] = {}
         self.observer: TaskObserver | None = None
@@ -71,10 +74,11 @@ class Fleet:
         """Load the engines that the queues name, and the models that are to be preloaded.
 
         Raises :class:`ConfigurationError` for an engine that is switched off, :class:`MissingDependency` for one whose
-        library is not here.
+        library is not here, :class:`NoDeviceAvailable` where the GPUs that they need are not to be had.
         """
         self._queues = tuple(queues)
         engines = [EngineName(queue) for queue in self._queues if queue in set(EngineName)]
+        self.devices.take(engines, check=state.maybe_shutdown)
         self.observer = TaskObserver(app)
         services = Services(
             self.settings, self.delivery, self.leases, self.observer, Canvas(app), self.worker_id, self.live_workers,
@@ -87,6 +91,7 @@ class Fleet:
             runner.start([model for model in preload if runner.models.declares(model)])
         for runner in self._runners:
             runner.loaded.wait()
+        self.devices.start(self.fail)
 
     def _add(self, name: EngineName, services: Services) -> None:
         if not self.settings.optimization.engine_enabled(name):
@@ -97,8 +102,14 @@ class Fleet:
             raise MissingDependency(f"the {name} engine cannot run here: {availability.reason}. {availability.remedy}")
         gate = ParityGate(name, self.settings, self.client)
         models = ModelManager(cls(self.settings), self.settings, gate)
+
+        def report(event: Event) -> None:
+            if isinstance(event, Finished):
+                self.devices.saw(event.outcome)
+            self.intakes[name.value].report(event)
+
         kind = BatchRunner if models.engine.slots is None else ContinuousRunner
-        runner = kind(models, lambda event: self.intakes[name.value].report(event))
+        runner = kind(models, report)
         self.intakes[name.value] = Intake(name.value, runner, services)
         self._runners.append(runner)
 
@@ -133,6 +144,8 @@ class Fleet:
             queues=self._queues,
             engines=engines,
             in_flight=sum(intake.in_flight for intake in self.intakes.values()),
+            gpus=self.devices.gpus,
+            gpu_problems=self.devices.problems,
         )
 
     def announce(self) -> None:
@@ -156,6 +169,13 @@ class Fleet:
             self._news.wait(self.settings.fleet.heartbeat_seconds)
 
     # -- stop -------------------------------------------------------------------------------------------------------
+
+    def fail(self, reason: str) -> None:
+        """Claim no more, drain, and end with status 1 so that a supervisor starts this worker anew. From any thread."""
+        logger.critical("this worker stops: %s", reason)
+        for intake in self.intakes.values():
+            intake.accepting = False
+        state.should_stop = 1  # Celery's loop looks at it at least at every sweep
 
     def leave(self) -> None:
         """Take this worker out of the registry: nothing is routed to it any longer."""
@@ -184,8 +204,12 @@ class Fleet:
 
     def close(self) -> None:
         """Unload the models and stop the threads."""
+        idle = True
         for runner in self._runners:
             if not runner.stop(timeout=5):
+                idle = False
                 logger.warning("the %s engine is still busy; leaving it", runner.models.engine.name)
+        if idle:  # else the GPUs are in use up to the very end, and are released there
+            self.devices.release()
         self.leases.close()
         self.client.close()

@@ -208,7 +208,7 @@ class ParityGate:
         data = orjson.dumps({"spec": spec.model_dump(mode="json"), "asked": [r.model_dump(mode="json") for r in asked]})
         deadline = time.monotonic() + self._settings.timeout_seconds
         with subprocess.Popen(
-            [sys.executable, "-m", "workers.engines.reference"],
+            [sys.executable, "-m", "workers.reference"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         ) as process:  # fmt: skip
             try:

@@ -1,4 +1,4 @@
-"""``python -m workers.engines.reference``: what PyTorch in float32 on a CPU answers to the questions on standard input.
+"""``python -m workers.reference``: what PyTorch in float32 on a CPU answers to the questions on standard input.
 
 Reads ``{"spec": {...}, "asked": [request, ...]}`` and prints one line, a list of answers, for the parity gate.
 """

@@ -1,0 +1,1 @@
+"""GPUs, as far as they can be tested without one."""

@@ -1,0 +1,1 @@
+"""A stand-in for the driver's NVML library, and processes that use it."""

@@ -1,0 +1,1 @@
+"""GPUs: found with NVML, leased in Redis before CUDA is touched, and watched while they are held."""
