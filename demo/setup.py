@@ -37,7 +37,6 @@ def write_configuration(path: Path, model: str | None = None) -> Path:
         generator["path"] = str(Path(model).resolve()) if Path(model).exists() else model
     catalog = {GENERATOR: generator, EMBEDDER: {"path": str(embedder_path()), "kinds": ["embed"], "pooling": "mean"}}
     data = {
-        "optimization": {"engine_preference": ["onnx", "pytorch"]},
         "monitoring": {"server": {"preload_models": [GENERATOR, EMBEDDER]}},
         "models": {"cache_dir": str(path.parent.parent / "models"), "catalog": catalog},
     }

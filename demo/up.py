@@ -12,7 +12,8 @@ from honcho import manager
 
 from demo.fleet import STOP_SECONDS, procfile, threads
 from demo.setup import broker, write_configuration
-from shared.errors import FleetError
+from shared.contract import EngineName
+from shared.errors import ConfigurationError, FleetError
 from shared.masking import masked_url as masked
 
 RUN = Path(".muai/up")
@@ -63,12 +64,23 @@ def run(url: str, config: Path) -> int:
     )  # fmt: skip
     manager.KILL_WAIT = STOP_SECONDS
     processes = manager.Manager()
-    for name, command in procfile().items():
+    for name, command in chosen(procfile(), os.environ.get("ENGINES") or "onnx,pytorch").items():
         # Without the shell in between, a stop reaches the process itself, and waits for it.
         processes.add_process(name, f"exec {command}", env=environ)
     processes.loop()
     code = int(processes.returncode or 0)
     return 0 if code in STOPPED else code
+
+
+def chosen(commands: dict[str, str], engines: str) -> dict[str, str]:
+    """The commands without the engines that are not asked for; raise :class:`ConfigurationError` for unknown ones."""
+    known = {engine.value for engine in EngineName}
+    wanted = set(engines.replace(",", " ").split())
+    if unknown := sorted(wanted - (known & set(commands))):
+        raise ConfigurationError(
+            f"ENGINES names {', '.join(unknown)}; there are: {', '.join(sorted(known & set(commands)))}"
+        )
+    return {name: command for name, command in commands.items() if name not in known or name in wanted}
 
 
 if __name__ == "__main__":

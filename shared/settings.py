@@ -349,6 +349,9 @@ class FleetSettings(Section):
     lease_seconds: PositiveSeconds = Field(30.0, description="How long a request stays with a silent worker.")
     sweep_seconds: PositiveSeconds = Field(2.0, description="How often expired leases are looked for.")
     max_deliveries: Positive = Field(3, description="Deliveries after which a request is dead-lettered.")
+    rescue_after_seconds: PositiveSeconds = Field(
+        30.0, description="How long a queue may hold messages and have no live worker before they move on."
+    )
     heartbeat_seconds: PositiveSeconds = Field(2.0, description="How often a worker announces itself.")
     result_expires_seconds: Positive = Field(3600, description="How long a result can be read.")
     max_payload_bytes: Positive = Field(4 * 1024 * 1024, description="Largest request accepted.")

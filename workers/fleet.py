@@ -28,6 +28,7 @@ from workers.events import TaskObserver
 from workers.intake import Intake, Services
 from workers.models import ModelManager
 from workers.parity import ParityGate
+from workers.rescue import Rescuer
 from workers.runner import BatchRunner, ContinuousRunner, EngineRunner, Event, Finished
 from workers.sweeper import Sweeper
 from workers.transport import Services as TransportServices
@@ -47,6 +48,7 @@ class Fleet:
         self.registry = WorkerRegistry(self.client, settings.fleet.silent_after_seconds)
         self.devices = Devices(settings, self.client, self.worker_id)
         self.sweeper = Sweeper(self.delivery, settings.fleet.max_deliveries)
+        self.rescuer = Rescuer(self.delivery, settings, self.worker_id, self.live_workers, self.refresh)
         self.intakes: dict[str, Intake] = {}
         self.observer: TaskObserver | None = None
         self._runners: list[EngineRunner] = []
@@ -164,6 +166,7 @@ class Fleet:
             try:
                 self.registry.announce(self.describe())
                 self.refresh()
+                self.rescuer.look(time.monotonic())
             except (redis.RedisError, OSError) as error:
                 logger.warning("cannot announce this worker: %s", error)
             self._news.wait(self.settings.fleet.heartbeat_seconds)

@@ -1,7 +1,8 @@
 """A deterministic engine without a model: the tests' and benchmarks' stand-in on the queue path.
 
 The answer is a function of the request alone. A prompt that begins with one of these words misbehaves on purpose:
-``!bad`` is refused as the caller's error, ``!fail`` fails as the engine's, ``!crash`` raises for the whole batch.
+``!bad`` is refused as the caller's error, ``!fail`` fails as the engine's, ``!crash`` raises for the whole batch;
+``!busy`` meets a busy engine every time, ``!busy once`` the first time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections.abc import Sequence
 
 from shared.contract import EngineName, InferenceRequest, Kind, Usage
-from shared.errors import BadRequest, EngineError
+from shared.errors import BadRequest, EngineBusy, EngineError
 from shared.settings import FakeSettings, ModelSpec, Settings
 from workers.engines.base import Availability, Emit, Engine, EngineOutput, LoadedModel
 
@@ -25,6 +26,7 @@ class FakeModel(LoadedModel):
         self.spec = spec
         self.kinds = frozenset(spec.kinds)
         self._settings = settings
+        self._met_busy: set[str] = set()
 
     def infer(self, requests: Sequence[InferenceRequest], emit: Emit) -> None:
         """Answer every member; see the module for the words that misbehave."""
@@ -35,7 +37,18 @@ class FakeModel(LoadedModel):
             if (request.inputs.prompt or "").startswith("!crash"):
                 raise RuntimeError("the fake engine was told to crash")
         for index, request in enumerate(requests):
-            emit(index, answer(request))
+            if self._busy(request):
+                emit(index, EngineBusy("the fake engine was told to be busy"))
+            else:
+                emit(index, answer(request))
+
+    def _busy(self, request: InferenceRequest) -> bool:
+        prompt = request.inputs.prompt or ""
+        if not prompt.startswith("!busy") or request.id in self._met_busy:
+            return False
+        if prompt.startswith("!busy once"):
+            self._met_busy.add(request.id)
+        return True
 
 
 def answer(request: InferenceRequest) -> EngineOutput | BadRequest | EngineError:

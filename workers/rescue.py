@@ -1,0 +1,102 @@
+"""What waits on a queue that no live worker serves moves on to the next engine that can serve it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from shared import keys, wire
+from shared.contract import EngineName
+from shared.errors import DeadlineExceeded, EngineOutage, FleetError, NoEngineAvailable, UndecodableMessage
+from shared.registry import WorkerInfo
+from shared.settings import Settings
+from workers import outcome
+from workers.delivery import SAME, Claimed, Delivery, Outcome
+from workers.fallback import Fallback
+from workers.inflight import InFlight
+
+logger = logging.getLogger(__name__)
+
+AT_ONCE = 256
+MOST = 4096
+"""Messages that one look moves."""
+
+LEFT_ALONE_SECONDS = 10.0
+"""How long a queue whose messages nobody can serve is left as it is."""
+
+
+class Rescuer:
+    """Run it at every heartbeat of every worker: claims are atomic, so it needs no lock."""
+
+    def __init__(
+        self,
+        delivery: Delivery,
+        settings: Settings,
+        worker_id: str,
+        live_workers: Callable[[], Sequence[WorkerInfo]],
+        refresh: Callable[[], None],
+    ) -> None:
+        self._delivery = delivery
+        self._after = settings.fleet.rescue_after_seconds
+        self._live_workers = live_workers
+        self._due: dict[EngineName, float] = {}
+        self._fallbacks = {
+            engine: Fallback(engine, None, settings, worker_id, live_workers, refresh) for engine in EngineName
+        }
+
+    def look(self, now: float) -> int:
+        """Move what has waited long enough; returns how many messages. ``now`` is in seconds of a steady clock."""
+        served = {queue for worker in self._live_workers() for queue in worker.queues}
+        moved = 0
+        for engine in EngineName:
+            if keys.queue_of(engine) in served:
+                self._due.pop(engine, None)
+            elif now >= self._due.setdefault(engine, now + self._after):
+                moved += self._move(engine, now)
+        return moved
+
+    def _move(self, engine: EngineName, now: float) -> int:
+        moved = stuck = 0
+        while moved + stuck < MOST:
+            claim = self._delivery.claim(keys.queue_of(engine), AT_ONCE)
+            if not claim.messages:
+                break
+            outcomes = [self.judge(engine, message, claim.now) for message in claim.messages]
+            self._delivery.settle(outcomes)
+            left = sum(ended.push_message == SAME for ended in outcomes)
+            moved += len(outcomes) - left
+            stuck += left
+            if left:
+                self._due[engine] = now + LEFT_ALONE_SECONDS
+                break
+        if moved:
+            logger.warning("no live worker serves %s: %d requests of its queue were dealt with", engine, moved)
+        return moved
+
+    def judge(self, engine: EngineName, message: Claimed, now: float) -> Outcome:
+        """Where one message goes. ``now`` is in seconds since the epoch."""
+        try:
+            envelope = wire.decode_envelope(message.payload)
+            item = InFlight(
+                message.lease, keys.queue_of(engine), envelope["headers"], envelope["properties"], envelope["body"], now
+            )
+            args, kwargs, item.embed = item.decode()
+        except UndecodableMessage as error:
+            return Outcome(message.lease, dead_reason=str(error))
+        if item.eta is not None and item.eta > now:
+            return outcome.delayed(item.lease, item.eta)
+        gone = EngineOutage(f"no live worker serves the {engine} queue")
+        try:
+            item.request = request = item.validated(args, kwargs)
+            if request.expired(now):
+                raise DeadlineExceeded(f"the request's deadline passed ({gone})")
+            decision = self._fallbacks[engine].elsewhere(request, item.hops)
+        except NoEngineAvailable:
+            return Outcome.give_back(item.lease)
+        except FleetError as error:
+            return outcome.failed(item, error)
+        if decision.engine is None:
+            due = min(now + decision.pause, item.last_moment() or float("inf"))
+            return outcome.delayed(item.lease, due)
+        return outcome.hopped(item, decision.engine, gone, engine, time.time())
