@@ -16,6 +16,8 @@ from transformers import (
     BertConfig,
     BertModel,
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -36,13 +38,21 @@ def make_llama(directory: Path, **sizes: int) -> Path:
 
 
 def make_qwen(directory: Path) -> Path:
-    """A Qwen2 of about 0.2 million parameters: biases in the attention, another rotary base."""
-    return _save(directory, lambda ids: Qwen2ForCausalLM(Qwen2Config(**_decoder(), rope_theta=1e6, **ids)))
+    """A Qwen2 of about 0.5 million parameters: biases in the attention, another rotary base."""
+    sizes = {**_decoder(), "hidden_size": 128, "rope_theta": 1e6}  # its heads are 32 wide, as in the others
+    del sizes["head_dim"]
+    return _save(directory, lambda ids: Qwen2ForCausalLM(Qwen2Config(**sizes, **ids)))
+
+
+def make_gpt2(directory: Path) -> Path:
+    """A GPT-2 of about 0.7 million parameters: learned positions, layer norms, no rotary embedding, no shared heads."""
+    sizes = {"n_positions": CONTEXT, "n_embd": 128, "n_layer": 3, "n_head": 4}
+    return _save(directory, lambda ids: GPT2LMHeadModel(GPT2Config(**sizes, **ids)))
 
 
 def make_bert(directory: Path) -> Path:
     """A BERT-like encoder of about 0.1 million parameters."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
     return _save(
         directory,
         lambda ids: BertModel(
@@ -78,10 +88,10 @@ def mean_vectors(path: Path, texts: list[str]) -> NDArray[np.float32]:
         )
 
 
-def _decoder() -> dict[str, int]:
+def _decoder() -> dict[str, Any]:
     return {
         "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": CONTEXT,
+        "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": CONTEXT,
     }  # fmt: skip
 
 

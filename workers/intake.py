@@ -47,7 +47,7 @@ from workers.sizes import TokenEstimator
 logger = logging.getLogger(__name__)
 
 PREFETCH_WINDOW = 0.02
-"""Seconds. The next batch is claimed while one runs only where a batch usually takes no longer than this."""
+"""Seconds before the running batch is expected to end at which the next one is claimed."""
 
 TEND_SECONDS = 0.25
 """How often what runs is looked at for requests that were cancelled or have expired."""
@@ -141,9 +141,9 @@ class Intake:
         return most - len(self._batcher)
 
     def _ends_soon(self, batch: Batch[InFlight], now: float) -> bool:
-        """Whether batches like this one are short, and this one has not proved to be another."""
+        """Whether the batch is about to end, going by its like, and is not overdue."""
         usual = self._batcher.expected_duration(batch.key)
-        return usual is not None and usual <= PREFETCH_WINDOW and now - batch.items[0].started <= 2 * PREFETCH_WINDOW
+        return usual is not None and abs(batch.items[0].started + usual - now) <= PREFETCH_WINDOW
 
     def receive(self, message: Any) -> None:
         """Take one claimed message over from kombu: from here on only its lease counts."""
@@ -244,19 +244,23 @@ class Intake:
         self._running[batch.items[0].lease] = batch
         for item in batch.items:
             item.started = now
+        self._runner.submit(batch)
+        for item in batch.items:
             self._services.observer.started(item)
             self._sizes.started(item.tokens)
-        self._runner.submit(batch)
         if self._runner.continuous:
             return
         if not self._ends_soon(batch, now):
             self._give_back_waiting()
-        elif self._hub is not None:
-            self._hub.call_later(2 * PREFETCH_WINDOW, self._relieve, batch)
+        usual = self._batcher.expected_duration(batch.key)
+        if usual is not None and self._hub is not None:
+            # The loop claims when it wakes; it is woken in time for the next batch, and looks again when that is late.
+            self._hub.call_later(max(0.0, usual - PREFETCH_WINDOW), self._relieve, batch)
+            self._hub.call_later(usual + 1.1 * PREFETCH_WINDOW, self._relieve, batch)
 
     def _relieve(self, batch: Batch[InFlight]) -> None:
-        """The batch takes longer than its like: let others have what was claimed in the hope that it would not."""
-        if batch.items[0].lease in self._running:
+        """Where the batch takes longer than its like, let others have what was claimed in good hope."""
+        if batch.items[0].lease in self._running and not self._ends_soon(batch, time.time()):
             self._give_back_waiting()
             self._flush()
 
@@ -280,10 +284,20 @@ class Intake:
 
     def drain(self) -> None:
         """Write the outcomes of what the engine reported, and start the next batch."""
+        # A free engine first gets its next batch; then the outcomes of the last one are written.
+        for event in self._reports:
+            if isinstance(event, BatchDone):
+                self._free(event)
+        if len(self._running) < self._slots:
+            self.pump()
         self._take_reports()
         if len(self._running) < self._slots:
             self.pump()
         self._flush()
+
+    def _free(self, done: BatchDone) -> None:
+        if self._running.pop(done.batch.items[0].lease, None) is not None:
+            self._batcher.finished(done.batch.key, len(done.batch.items), done.seconds)
 
     def _take_reports(self) -> None:
         while self._reports:
@@ -292,8 +306,7 @@ class Intake:
             if isinstance(event, Finished):
                 self._finish(event)
             elif isinstance(event, BatchDone):
-                self._batcher.finished(event.batch.key, len(event.batch.items), event.seconds)
-                self._running.pop(event.batch.items[0].lease, None)
+                self._free(event)
             else:
                 self._services.announce()
             self._reports.popleft()

@@ -15,14 +15,14 @@ from demo.work import QUERIES, SENTENCES
 from shared.contract import InferenceRequest
 from shared.errors import BadRequest, ContextTooLong, EngineLoadError, FleetError, UnsupportedKind
 from shared.settings import ModelSpec, Settings
-from tests.tiny_models import CONTEXT, greedy_reference, make_bert, make_llama, make_qwen, mean_vectors
+from tests.tiny_models import CONTEXT, greedy_reference, make_bert, make_gpt2, make_llama, make_qwen, mean_vectors
 from workers.engines import engine_class
 from workers.engines.base import EngineOutput, LoadedModel
 from workers.engines.onnx_export import META
 
 PROMPTS = 200
 MAX_TOKENS = 12
-DECODERS = {"llama": make_llama, "qwen": make_qwen}
+DECODERS = {"llama": make_llama, "qwen": make_qwen, "gpt2": make_gpt2}
 ENGINES = ("pytorch", "onnx")
 
 pytestmark = [pytest.mark.xdist_group("engines"), pytest.mark.timeout(300)]

@@ -15,7 +15,9 @@ REQUEST = {"model": "echo", "inputs": {"prompt": "abc"}}
 
 def failures(fleet: FleetUnderTest) -> dict[str, str]:
     """What the live workers' engines say of their models."""
-    return {name: why for worker in fleet.client.fleet() for info in worker.engines for name, why in info.failed.items()}
+    return {
+        name: why for worker in fleet.client.fleet() for info in worker.engines for name, why in info.failed.items()
+    }
 
 
 def test_an_engine_that_keeps_failing_is_rested_and_comes_back(make_fleet):
@@ -99,9 +101,7 @@ def test_what_waits_on_a_queue_without_workers_moves_on(make_fleet):
         models={"catalog": {"echo": {"engines": ["onnx", "fake"]}}},
     )
     client = fleet.client
-    handles = client.submit_many(
-        [{**REQUEST, "inputs": {"prompt": f"n{i}"}} for i in range(300)], timeout=60
-    )
+    handles = client.submit_many([{**REQUEST, "inputs": {"prompt": f"n{i}"}} for i in range(300)], timeout=60)
     fleet.start_worker("fake")
 
     results = [handle.result(60) for handle in handles]

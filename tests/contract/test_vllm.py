@@ -1,0 +1,251 @@
+"""vLLM: the answers of transformers, everything that a request may ask for, and one end for all of its processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from demo.setup import embedder_path
+from demo.work import QUERIES, SENTENCES
+from shared.contract import InferenceRequest, Kind
+from shared.errors import Cancelled, ContextTooLong, EngineDied, EngineLoadError
+from shared.settings import ModelSpec, Settings
+from tests.conftest import ROOT, eventually
+from tests.contract.test_engines import DECODERS, MAX_TOKENS, generate, prompts, run
+from tests.tiny_models import CONTEXT, greedy_reference, make_bert, mean_vectors
+from workers.engines.base import EngineOutput
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make setup-engines")
+
+from workers.engines.vllm import VLLMEngine, VLLMModel  # after the check that vLLM is here
+
+Load = Callable[..., VLLMModel]
+
+pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny models."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, make in {**DECODERS, "bert": make_bert}.items():
+        make(folder / name)
+    return folder
+
+
+def start(path: Path, **changes: object) -> VLLMModel:
+    """An engine core with a model."""
+    kinds = changes.pop("kinds", ["generate", "chat"])
+    settings = Settings.model_validate({"optimization": {"vllm": {"max_num_seqs": 64, **changes}}})
+    model = VLLMEngine(settings).load(ModelSpec.model_validate({"name": "m", "path": str(path), "kinds": kinds}))
+    model.warmup()
+    return model
+
+
+@pytest.fixture(scope="module")
+def llama(folder: Path) -> Iterator[VLLMModel]:
+    """A core that the tests of this file share."""
+    model = start(folder / "llama")
+    yield model
+    model.close()
+
+
+def test_greedy_tokens_equal_transformers(llama, folder) -> None:
+    """200 prompts of mixed length, all at once: the tokens transformers.generate gives each alone."""
+    found = run(llama, [generate(prompt) for prompt in prompts()], 200)
+
+    assert [outcome.outputs["token_ids"] for outcome in found] == greedy_reference(
+        folder / "llama", prompts(), MAX_TOKENS
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in DECODERS if name != "llama"])
+def test_greedy_tokens_of_other_architectures(folder, name: str) -> None:
+    """The same for the other decoders."""
+    model = start(folder / name)
+    try:
+        found = run(model, [generate(prompt) for prompt in prompts()], 200)
+    finally:
+        model.close()
+
+    assert [o.outputs["token_ids"] for o in found] == greedy_reference(folder / name, prompts(), MAX_TOKENS)
+
+
+def test_tensor_parallel_says_the_same(folder) -> None:
+    """Two processes that share the layers give the same tokens."""
+    model = start(folder / "llama", tensor_parallel_size=2)
+    try:
+        found = run(model, [generate(prompt) for prompt in prompts()], 200)
+    finally:
+        model.close()
+
+    assert [o.outputs["token_ids"] for o in found] == greedy_reference(folder / "llama", prompts(), MAX_TOKENS)
+
+
+def test_embeddings_equal_transformers(folder) -> None:
+    """Mean-pooled BERT vectors within 1e-4 cosine distance; real weights find the sensible sentences."""
+    model = start(folder / "bert", kinds=["embed"])
+    try:
+        (found,) = run(model, [embed(prompts())], 1)
+    finally:
+        model.close()
+    vectors, alone = np.array(found.outputs["embeddings"]), mean_vectors(folder / "bert", prompts())
+    cosine = (vectors * alone).sum(1) / np.linalg.norm(alone, axis=1) / np.linalg.norm(vectors, axis=1)
+
+    assert (1 - cosine).max() < 1e-4
+
+    model = start(embedder_path(), kinds=["embed"])
+    try:
+        (found,) = run(model, [embed([*SENTENCES, *(query for query, _ in QUERIES)])], 1)
+    finally:
+        model.close()
+    vectors, alone = (
+        np.array(found.outputs["embeddings"]),
+        mean_vectors(embedder_path(), [*SENTENCES, *(query for query, _ in QUERIES)]),
+    )
+    alone = alone / np.linalg.norm(alone, axis=1, keepdims=True)
+
+    assert (np.argsort(vectors @ vectors.T) == np.argsort(alone @ alone.T)).all()
+
+
+def embed(texts: list[str]) -> InferenceRequest:
+    """An embed request."""
+    return InferenceRequest.parse({"model": "m", "kind": "embed", "inputs": {"texts": texts}})
+
+
+def test_what_a_request_may_ask_for(llama) -> None:
+    """Stop strings, a seed, log probabilities, a JSON schema, a priority, and the limits of the context."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    asked = [
+        generate("hello", ignore_eos=True, max_tokens=40),
+        generate("hello", logprobs=2, max_tokens=3),
+        generate("hello", json_schema=schema, max_tokens=120),
+        generate("hello", temperature=1.0, seed=4, ignore_eos=True),
+        generate("hello", temperature=1.0, seed=4, ignore_eos=True),
+        generate("x" * (CONTEXT + 1)),
+        InferenceRequest.parse({**generate("hello").model_dump(), "id": "urgent", "priority": "high"}),
+    ]
+
+    free, logprobs, guided, sampled, again, too_long, urgent = run(llama, asked, len(asked))
+    word = free.outputs["text"][3:5]
+    (stopped,) = run(llama, [generate("hello", ignore_eos=True, max_tokens=40, stop=[word])], 1)
+
+    assert free.outputs["finish_reason"] == "length"
+    assert len(free.outputs["token_ids"]) == 40
+    assert stopped.outputs["text"] == free.outputs["text"][: free.outputs["text"].index(word)]
+    assert [entry["token_id"] for entry in logprobs.outputs["logprobs"]] == logprobs.outputs["token_ids"]
+    for entry in logprobs.outputs["logprobs"]:
+        assert entry["top"][0]["token_id"] == entry["token_id"], "greedy takes the likeliest"
+        assert entry["logprob"] == entry["top"][0]["logprob"] > entry["top"][1]["logprob"]
+    if guided.outputs["finish_reason"] == "stop":
+        assert isinstance(json.loads(guided.outputs["text"])["a"], int)
+    else:  # random weights may write blanks until there is no room left
+        assert guided.outputs["text"].lstrip().startswith("{")
+    assert sampled.outputs["token_ids"] == again.outputs["token_ids"] != free.outputs["token_ids"][:MAX_TOKENS]
+    assert isinstance(too_long, ContextTooLong)
+    assert isinstance(urgent, EngineOutput)
+
+
+def test_equal_beginnings_are_read_once(llama) -> None:
+    """A prompt that was seen before is found in the prefix cache, and the answer says so."""
+    prompt = "the same long beginning of many requests " * 4
+    run(llama, [generate(prompt)], 1)
+
+    (found,) = run(llama, [generate(prompt)], 1)
+
+    assert found.cache_hit
+    assert found.metadata["cached_tokens"] >= 32
+
+
+def test_a_request_can_be_taken_out(llama) -> None:
+    """Abort ends a running request as cancelled, and the others go on."""
+    outcomes: dict[str, object] = {}
+    done = threading.Semaphore(0)
+
+    def take(name: str, outcome: object) -> None:
+        outcomes[name] = outcome
+        done.release()
+
+    for name in ("kept", "aborted"):
+        request = generate("hello", max_tokens=CONTEXT, ignore_eos=True).model_copy(update={"id": name})
+        llama.submit(request, lambda outcome, name=name: take(name, outcome))
+    llama.abort("aborted")
+
+    assert done.acquire(timeout=60)
+    assert done.acquire(timeout=60)
+    assert isinstance(outcomes["aborted"], Cancelled)
+    assert isinstance(outcomes["kept"], EngineOutput)
+
+
+def test_what_cannot_be_loaded_says_so(folder) -> None:
+    """An argument that vLLM does not have is named with the nearest; so is a kind that it does not serve."""
+    with pytest.raises(EngineLoadError, match="did you mean max_num_seqs"):
+        start(folder / "llama", engine_args={"max_num_seq": 3})
+    with pytest.raises(EngineLoadError, match="answers none of classify"):
+        start(folder / "llama", kinds=[Kind.CLASSIFY])
+
+
+def test_a_killed_core_ends_what_runs_at_once_and_leaves_no_process(folder) -> None:
+    """SIGKILL of the engine core: what runs ends as EngineDied within a second, and the model says that it is dead."""
+    before = set(psutil.Process().children(recursive=True))
+    model = start(folder / "llama")
+    mine = set(psutil.Process().children(recursive=True)) - before
+    deaths: list[object] = []
+    model.on_death = deaths.append
+    outcomes: list[object] = []
+    for number in range(64):
+        request = generate(f"request {number}", max_tokens=CONTEXT, ignore_eos=True)
+        model.submit(request, outcomes.append)
+    core = next(process for process in mine if "EngineCore" in process.name())
+
+    os.kill(core.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    eventually(lambda: len(outcomes) == 64 and deaths, 5, "the end of the requests")
+
+    assert time.monotonic() - killed < 2
+    assert all(isinstance(outcome, EngineDied | EngineOutput) for outcome in outcomes)
+    assert any(isinstance(outcome, EngineDied) for outcome in outcomes)
+    assert not model.alive
+    model.close()
+    eventually(
+        lambda: not [p for p in mine if p.is_running() and p.status() != "zombie"], 10, "the end of its processes"
+    )
+
+
+def test_a_killed_worker_takes_its_engine_along(folder) -> None:
+    """SIGKILL of the process that started the core: none of the core's processes lives on."""
+    script = (
+        "import os, psutil, signal, sys; from pathlib import Path; from tests.contract.test_vllm import start\n"
+        "if __name__ == '__main__':\n"
+        "    start(Path(sys.argv[1])); print(*[p.pid for p in psutil.Process().children(recursive=True)], flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    program = folder / "killed.py"
+    program.write_text(script)
+    done = subprocess.run(
+        [sys.executable, str(program), str(folder / "llama")], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    pids = [int(pid) for pid in done.stdout.split()]
+
+    assert len(pids) >= 2
+    eventually(lambda: not [pid for pid in pids if alive(pid)], 20, "the end of the core's processes")
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
