@@ -92,3 +92,7 @@ class EngineLoadError(EngineError):
 
 class EngineOutOfMemory(EngineError):
     """The engine ran out of memory."""
+
+
+class EngineDied(EngineError):
+    """The engine's process died."""

@@ -10,6 +10,7 @@ from shared.errors import ConfigurationError
 from workers.engines.base import Engine
 
 _CLASSES: dict[EngineName, str] = {
+    EngineName.DEEPSPEED: "workers.engines.deepspeed:DeepSpeedEngine",
     EngineName.ONNX: "workers.engines.onnx:OnnxEngine",
     EngineName.PYTORCH: "workers.engines.pytorch:PyTorchEngine",
     EngineName.FAKE: "workers.engines.fake:FakeEngine",
