@@ -146,6 +146,7 @@ class RankGroup:
             if not events:
                 raise self._hung(longest)
             for rank in sorted(key.data for key, _ in events):
+                message: dict[str, Any]
                 try:
                     message, _ = self._ranks[rank].channel.receive()
                 except (EOFError, OSError) as error:
@@ -182,7 +183,8 @@ class RankGroup:
         codes = [rank.process.poll() for rank in self._ranks]
         self._kill()
         self._dead = self._verdict(first, codes)
-        logger.error("%s", self._dead)
+        if isinstance(self._dead, EngineDied):
+            logger.error("%s", self._dead)
         return self._dead
 
     def _listen(self, first: int) -> None:

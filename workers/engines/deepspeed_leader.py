@@ -14,7 +14,7 @@ import numpy as np
 
 from shared.contract import InferenceRequest, Kind
 from shared.errors import EngineError, FleetError, UnsupportedKind
-from workers.engines.base import Emit, EngineOutput
+from workers.engines.base import EngineOutput
 from workers.engines.decoding import Decoding, generate
 from workers.engines.deepspeed_shard import ANSWERED, Shard
 from workers.engines.deepspeed_stage import Place, answering
@@ -34,7 +34,9 @@ EXTRA_MICRO_BATCHES = 1
 class Ranks:
     """All ranks as one: an operation is carried out by every one of them, in one order."""
 
-    def __init__(self, shard: Shard, place: Place, links: Sequence[Channel], fail: Callable[[BaseException], NoReturn]):
+    def __init__(
+        self, shard: Shard, place: Place, links: Sequence[Channel], fail: Callable[[BaseException], NoReturn]
+    ) -> None:
         self._shard = shard
         self._links = links
         self._fail = fail
@@ -45,7 +47,7 @@ class Ranks:
             self._answers = links[answering(place.tensor, place.pipeline) - 1]
             threading.Thread(target=self._take_answers, name="answers", daemon=True).start()
 
-    def call(self, op: str, slot: int = 0, rows: Sequence[int] = (), **arrays: Tokens) -> Any:
+    def call(self, op: str, arrays: Arrays, slot: int = 0, rows: Sequence[int] = ()) -> Any:
         """Carry out an operation of :meth:`Shard.run`. Scores of a pipeline are waited for without holding others up.
 
         Where there are other ranks, a failure ends the process: they are inside the same operation, and have no way to
@@ -114,18 +116,18 @@ class _RankDecoding(Decoding):
 
     def prefill(self, ids: Tokens, mask: Tokens) -> Logits:
         """Read the prompts."""
-        return self._scored("prefill", ids=ids, mask=mask)
+        return self._scored("prefill", {"ids": ids, "mask": mask})
 
     def step(self, tokens: Tokens) -> Logits:
         """Append one token to each row."""
-        return self._scored("step", tokens=tokens)
+        return self._scored("step", {"tokens": tokens})
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only."""
-        self._ranks.call("keep", self._slot, rows)
+        self._ranks.call("keep", {}, self._slot, rows)
 
-    def _scored(self, op: str, **arrays: Tokens) -> Logits:
-        found: Logits = self._ranks.call(op, self._slot, **arrays)
+    def _scored(self, op: str, arrays: Arrays) -> Logits:
+        found: Logits = self._ranks.call(op, arrays, self._slot)
         self._progress()
         return found
 
@@ -192,10 +194,10 @@ class Leader:
             model = self._model
             try:
                 generate([requests[place] for place in mine], model.codec, decoding, model.eos, model.pad, emit)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - it is raised when the other micro-batches are through
                 errors.append(error)
             finally:
-                self._ranks.call("drop", slot)
+                self._ranks.call("drop", {}, slot)
 
         threads = [threading.Thread(target=run, args=(slot,), name=f"micro-batch-{slot}") for slot in range(1, count)]
         for thread in threads:
@@ -207,7 +209,7 @@ class Leader:
             raise errors[0]
 
     def _encode(self, ids: Tokens, mask: Tokens) -> Vectors:
-        vectors: Vectors = self._ranks.call("encode", ids=ids, mask=mask)
+        vectors: Vectors = self._ranks.call("encode", {"ids": ids, "mask": mask})
         self._progress()
         return vectors
 
@@ -215,7 +217,7 @@ class Leader:
         ids = np.full((1, 2), self._model.pad, dtype=np.int64)
         if self.kinds & GENERATING:
             _RankDecoding(self._ranks, 0, self._progress).prefill(ids, np.ones_like(ids))
-            self._ranks.call("drop", 0)
+            self._ranks.call("drop", {})
         else:
             self._encode(ids, np.ones_like(ids))
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 import transformers
 from deepspeed.module_inject.auto_tp import AutoTP
 
-from shared.errors import EngineLoadError, FleetError
+from shared.errors import EngineLoadError
 from shared.settings import DeepSpeedSettings, ModelSpec
 from workers.engines.deepspeed_stage import Place, StageModel, cut
 from workers.engines.deepspeed_wire import Channel
@@ -41,19 +41,19 @@ from workers.engines.text import TextCodec, first_line
 LOOPBACK = "127.0.0.1"
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """Only a last resort: the worker looks after ranks that hang, and knows sooner."""
-KERNEL_TOLERANCE = 0.05
-"""Largest difference of DeepSpeed's kernels from the model as it is, as a share of the largest score."""
+TOLERANCE = 0.05
+"""Largest difference of what DeepSpeed made from the model as it was, as a share of the largest score."""
 
 
 def join(place: Place, device: torch.device, links: Sequence[Channel]) -> None:
     """Make the process group. The leader's store is on a port that the system chose: none can be taken meanwhile."""
+    port = 0 if place.rank == 0 else links[0].receive()[0]["port"]
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        LOOPBACK, port, place.world, is_master=place.rank == 0, wait_for_workers=False
+    )
     if place.rank == 0:
-        store = dist.TCPStore(LOOPBACK, 0, place.world, is_master=True, wait_for_workers=False)
         for link in links:
             link.send({"port": store.port})
-    else:
-        message, _ = links[0].receive()
-        store = dist.TCPStore(LOOPBACK, message["port"], place.world, is_master=False)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -93,6 +93,8 @@ class Loader:
         self.notes: list[str] = []
         self.kernels = False
         self.dtype = self._dtype()
+        self._group: Any = None
+        self._whole: list[Scores] = []
 
     def load(self) -> TorchModel:
         """The rank's part, ready to run.
@@ -101,10 +103,19 @@ class Loader:
         """
         transformers.utils.logging.disable_progress_bar()
         with quiet(), memory_errors():
-            self._groups()
+            self._make_groups()
+            model = load_weights(self.spec, self.dtype)
             if self.configured.zero_offload != "none":
-                return self._offloaded()
-            return self._with_kernels() or self._plain()
+                return self._offload(model)
+            kernels = self._may_have_kernels(model)
+            if self.place.last and (kernels or self.place.tensor > 1):
+                self._whole = probe(TorchModel(self.spec, model, self._codec(model), torch.device("cpu")))
+            if kernels:
+                injected = self._with_kernels(model)
+                if injected is not None:
+                    return injected
+                model = load_weights(self.spec, self.dtype)
+            return self._without_kernels(model)
 
     def _dtype(self) -> torch.dtype:
         dtype = torch_dtype(self.configured.dtype, self.device)
@@ -113,9 +124,8 @@ class Loader:
             return torch.float32
         return dtype
 
-    def _groups(self) -> None:
+    def _make_groups(self) -> None:
         """A group for each stage's tensor-parallel ranks. Every rank has to make all of them."""
-        self._group: Any = None
         if self.place.tensor > 1:
             for stage in range(self.place.pipeline):
                 first = stage * self.place.tensor
@@ -123,23 +133,30 @@ class Loader:
                 if stage == self.place.stage:
                     self._group = group
 
-    def _plain(self) -> TorchModel:
-        return self._wrap(self._inject(kernels=False))
+    def _without_kernels(self, model: Any) -> TorchModel:
+        """The model's own layers; cut by AutoTP, which has rules for names of layers, they must still say the same."""
+        loaded = self._wrap(self._inject(model, kernels=False))
+        if self.place.tensor > 1:
+            problem = self._problem(loaded)
+            if not self._all_agree(not problem):
+                raise EngineLoadError(
+                    f"tensor_parallel={self.place.tensor}: DeepSpeed's AutoTP does not cut {self.spec.name!r} "
+                    f"({model.config.model_type}) rightly: {problem or 'see the last stage'}; set it to 1"
+                )
+        return loaded
 
-    def _inject(self, *, kernels: bool) -> Any:
+    def _inject(self, model: Any, *, kernels: bool) -> Any:
         """The weights through ``deepspeed.init_inference``."""
-        model = load_weights(self.spec, self.dtype)
         if self.place.pipeline > 1:
             cut(model, self.place)
         tensor: dict[str, Any] = {"tp_size": self.place.tensor}
         if self._group is not None:
             # Both are needed: the one places the stage's group in the engine, the other in the layers it makes.
-            tensor |= {"mpu": _Group(self._group, self.place), "tp_group": self._group}
-        longest = context_of(self.spec, model.config) or 1024
+            tensor |= {"mpu": _Unit(self._group, self.place), "tp_group": self._group}
         try:
             engine = deepspeed.init_inference(
                 model, tensor_parallel=tensor, dtype=self.dtype, replace_with_kernel_inject=kernels,
-                max_out_tokens=longest,
+                max_out_tokens=context_of(self.spec, model.config) or 1024,
             )  # fmt: skip
         except (AssertionError, ValueError, KeyError, AttributeError, ImportError) as error:
             raise EngineLoadError(
@@ -148,58 +165,66 @@ class Loader:
             ) from error
         return engine.module.eval()
 
+    def _codec(self, model: Any) -> TextCodec:
+        return TextCodec(self.spec, context_of(self.spec, model.config))
+
     def _wrap(self, module: Any) -> TorchModel:
-        codec = TextCodec(self.spec, context_of(self.spec, module.config))
         model = StageModel(module, self.place, self.device, self.dtype) if self.place.pipeline > 1 else module
-        return TorchModel(self.spec, model, codec, self.device)
+        return TorchModel(self.spec, model, self._codec(module), self.device)
 
-    # --- DeepSpeed's own kernels ----------------------------------------------------------------------------------
-
-    def _with_kernels(self) -> TorchModel | None:
-        """The model with DeepSpeed's kernels, where it has them and they give the model's own scores."""
-        if not self.configured.replace_with_kernel_inject:
-            return None
-        without = f"{self.spec.name!r} runs without kernel injection: "
-        if self.device.type == "cpu":
-            self.notes.append(without + "DeepSpeed's kernels are for GPUs")
-            return None
-        if self.place.pipeline > 1:
-            self.notes.append(without + "it is cut into stages")
-            return None
-        plain = self._plain()
-        if not AutoTP.kernel_supported(AutoTP.get_module_list(plain.model)):
-            self.notes.append(without + f"DeepSpeed has no kernels for {type(plain.model).__name__}")
-            return plain
-        wanted = probe(plain)
-        plain.close()
-        try:
-            injected = self._wrap(self._inject(kernels=True))
-            problem = deviation(probe(injected), wanted)
-        except Exception as error:  # compilers, kernels and models that are of different ages fail in many ways
-            problem, injected = first_line(error), None
-        if self._all_agree(injected is not None and not problem):
-            self.kernels = True
-            return injected
-        self.notes.append(without + (problem or "they failed on another rank"))
-        return None
+    def _problem(self, loaded: TorchModel) -> str:
+        """What is wrong with what ``loaded`` says, by the ranks that have it; empty where nothing is."""
+        found = probe(loaded)
+        return deviation(found, self._whole) if self.place.last else ""
 
     def _all_agree(self, mine: bool) -> bool:
         verdict = torch.tensor([int(mine)], device=self.device)
         dist.all_reduce(verdict, op=dist.ReduceOp.MIN)
         return bool(verdict.item())
 
+    # --- DeepSpeed's own kernels ----------------------------------------------------------------------------------
+
+    def _may_have_kernels(self, model: Any) -> bool:
+        if not self.configured.replace_with_kernel_inject:
+            return False
+        if self.device.type == "cpu":
+            why = "DeepSpeed's kernels are for GPUs"
+        elif self.place.pipeline > 1:
+            why = "it is cut into stages"
+        elif not AutoTP.kernel_supported(AutoTP.get_module_list(model)):
+            why = f"DeepSpeed has no kernels for {type(model).__name__}"
+        else:
+            return True
+        self.notes.append(f"{self.spec.name!r} runs without kernel injection: {why}")
+        return False
+
+    def _with_kernels(self, model: Any) -> TorchModel | None:
+        """The model with DeepSpeed's kernels, or ``None`` where they fail or do not give the model's own scores.
+
+        They are made for the releases of transformers of their day, and may keep a cache of their own that cannot let
+        rows go: what they answer decides.
+        """
+        injected: TorchModel | None = None
+        try:
+            injected = self._wrap(self._inject(model, kernels=True))
+            problem = self._problem(injected)
+        except Exception as error:  # noqa: BLE001 - compilers, kernels and models of different ages fail in many ways
+            problem = first_line(error)
+        if self._all_agree(not problem) and injected is not None:
+            self.kernels = True
+            return injected
+        self.notes.append(f"{self.spec.name!r} runs without kernel injection: {problem or 'it failed on another rank'}")
+        return None
+
     # --- ZeRO-Inference -------------------------------------------------------------------------------------------
 
-    def _offloaded(self) -> TorchModel:
+    def _offload(self, model: Any) -> TorchModel:
         """The weights in CPU memory or on a disk; each layer's come to the device when it is its turn."""
         if self.configured.replace_with_kernel_inject:
             self.notes.append(f"{self.spec.name!r} runs without kernel injection: its weights are offloaded")
-        model = load_weights(self.spec, self.dtype)
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         try:
             engine, *_ = deepspeed.initialize(model=model, config=zero_config(self.configured, self.dtype, self.device))
-        except FleetError:
-            raise
         except Exception as error:  # a missing libaio, a compiler, a folder: DeepSpeed has no error class of its own
             raise EngineLoadError(
                 f"zero_offload={self.configured.zero_offload} cannot be used here: {first_line(error)}"
@@ -248,16 +273,15 @@ def deviation(found: Sequence[Scores], wanted: Sequence[Scores]) -> str:
         float(np.abs(a.astype(np.float64) - b).max() / max(np.abs(b).max(), 1e-9)) if a.shape == b.shape else np.inf
         for a, b in zip(found, wanted, strict=True)
     )
-    if worst <= KERNEL_TOLERANCE:  # not true of a NaN
+    if worst <= TOLERANCE:  # not true of a NaN
         return ""
     return f"their scores deviate from the model's own by {worst:.3g}"
 
 
-class _Group:
+class _Unit:
     """What DeepSpeed asks of a model parallel unit."""
 
     def __init__(self, group: Any, place: Place) -> None:
-        self._group = group
         self.get_model_parallel_group: Callable[[], Any] = lambda: group
         self.get_model_parallel_world_size: Callable[[], int] = lambda: place.tensor
         self.get_model_parallel_rank: Callable[[], int] = lambda: place.rank % place.tensor

@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
         _serve(plan, int(os.environ["RANK"]), worker, links)
     except EOFError:
         os._exit(PEER_LOST)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - the worker raises it
         fail(worker, error)
 
 

@@ -88,9 +88,10 @@ def cut(model: Any, place: Place) -> None:
     kept = torch.nn.ModuleList((backbone.h if gpt2 else backbone.layers)[index] for index in mine)
     setattr(backbone, "h" if gpt2 else "layers", kept)
     for index, layer in enumerate(kept):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):  # the place in the cache, which has this stage's layers only
-                module.layer_idx = index
+        part: Any
+        for part in layer.modules():
+            if hasattr(part, "layer_idx"):  # the place in the cache, which has this stage's layers only
+                part.layer_idx = index
     config.num_hidden_layers = len(mine)
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = config.layer_types[mine.start : mine.stop]
