@@ -213,11 +213,12 @@ class RankGroup:
             rank = first if first in killed else killed[0]
             return EngineDied(f"rank {rank} {of} {_ending(codes[rank])}{self._last(rank)}")
         said = [rank for rank, member in enumerate(self._ranks) if member.fatal is not None]
-        for rank in sorted(said, key=lambda rank: type(self._ranks[rank].fatal) is EngineError):
-            fatal = self._ranks[rank].fatal
+        said.sort(key=lambda rank: (type(self._ranks[rank].fatal) is EngineError, rank != first))
+        if said:
+            fatal = self._ranks[said[0]].fatal
             if fatal is not None and type(fatal) is not EngineError:
                 return fatal
-            return EngineDied(f"rank {rank} {of} failed: {fatal}")
+            return EngineDied(f"rank {said[0]} {of} failed: {fatal}")
         own = [rank for rank, code in enumerate(codes) if code not in (None, PEER_LOST)]
         rank = first if first in own or not own else own[0]
         return EngineDied(f"rank {rank} {of} {_ending(codes[rank])}{self._last(rank)}")

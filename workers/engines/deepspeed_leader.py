@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -16,6 +17,7 @@ from shared.contract import InferenceRequest, Kind
 from shared.errors import EngineError, FleetError, UnsupportedKind
 from workers.engines.base import EngineOutput
 from workers.engines.decoding import Decoding, generate
+from workers.engines.deepspeed_group import PEER_LOST
 from workers.engines.deepspeed_shard import ANSWERED, Shard
 from workers.engines.deepspeed_stage import Place, answering
 from workers.engines.deepspeed_wire import Arrays, Channel, error_to_json, output_to_json
@@ -84,8 +86,8 @@ class Ranks:
         while self._answers is not None:
             try:
                 _, arrays = self._answers.receive()
-            except (EOFError, OSError) as error:
-                self._fail(error)
+            except (EOFError, OSError):
+                os._exit(PEER_LOST)
             self._asked.popleft().set_result(arrays)
 
 
