@@ -55,6 +55,19 @@ class DeepSpeedSettings(Section):
     pipeline_parallel: Positive = Field(1, description="GPUs that hold one model's stages.")
     dtype: Dtype = Field("fp16", description="Number format of the weights.")
     replace_with_kernel_inject: bool = Field(True, description="Use DeepSpeed's own kernels where it has them.")
+    zero_offload: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="ZeRO-Inference: keep the weights in CPU memory or on a disk and stream them to the GPU."
+    )
+    nvme_path: str | None = Field(None, description="Folder for the weights; needed where zero_offload is nvme.")
+    rank_timeout_seconds: PositiveSeconds = Field(
+        300.0, description="How long the model's processes may show no progress before they are restarted."
+    )
+
+    @model_validator(mode="after")
+    def _offload_has_a_place(self) -> Self:
+        if self.zero_offload == "nvme" and not self.nvme_path:
+            raise ValueError("zero_offload is nvme, but nvme_path is not set")
+        return self
 
 
 class OnnxSettings(Section):

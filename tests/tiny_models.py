@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,21 @@ def make_bert(directory: Path) -> Path:
 
 
 def greedy_reference(path: Path, prompts: list[str], max_tokens: int) -> list[list[int]]:
-    """Greedy tokens of transformers.generate of each prompt alone, without the end token."""
+    """Greedy tokens of transformers.generate of each prompt alone, without the end token.
+
+    It takes a while, so the answers of the same weights to the same prompts are kept for other test modules.
+    """
+    weights = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
+    key = (weights, tuple(prompts), max_tokens)
+    if key not in _references:
+        _references[key] = _greedy(path, prompts, max_tokens)
+    return _references[key]
+
+
+_references: dict[tuple[str, tuple[str, ...], int], list[list[int]]] = {}
+
+
+def _greedy(path: Path, prompts: list[str], max_tokens: int) -> list[list[int]]:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     rows = []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,13 @@ from workers.engines.onnx_export import META
 PROMPTS = 200
 MAX_TOKENS = 12
 DECODERS = {"llama": make_llama, "qwen": make_qwen, "gpt2": make_gpt2}
-ENGINES = ("pytorch", "onnx")
+ENGINES = (
+    "pytorch",
+    "onnx",
+    pytest.param(
+        "deepspeed", marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+    ),
+)
 
 pytestmark = [pytest.mark.xdist_group("engines"), pytest.mark.timeout(300)]
 
@@ -44,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def load(folder: Path) -> Callable[..., LoadedModel]:
+def load(folder: Path) -> Iterator[Callable[..., LoadedModel]]:
     """Loads a model with an engine, once."""
     kept: dict[tuple[str, str], LoadedModel] = {}
 
@@ -58,7 +65,9 @@ def load(folder: Path) -> Callable[..., LoadedModel]:
             kept[engine, name].warmup()
         return kept[engine, name]
 
-    return load
+    yield load
+    for model in kept.values():
+        model.close()
 
 
 @pytest.fixture(scope="module")

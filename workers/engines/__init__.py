@@ -11,6 +11,7 @@ from workers.engines.base import Engine
 
 _CLASSES: dict[EngineName, str] = {
     EngineName.VLLM: "workers.engines.vllm:VLLMEngine",
+    EngineName.DEEPSPEED: "workers.engines.deepspeed:DeepSpeedEngine",
     EngineName.ONNX: "workers.engines.onnx:OnnxEngine",
     EngineName.PYTORCH: "workers.engines.pytorch:PyTorchEngine",
     EngineName.FAKE: "workers.engines.fake:FakeEngine",
