@@ -32,8 +32,8 @@ ENGINE_MODULES: dict[EngineName, tuple[str, ...]] = {
     EngineName.PYTORCH: ("torch", "transformers"),
 }
 INSTALL: dict[EngineName, str] = {
-    EngineName.VLLM: "pip install vllm",
-    EngineName.DEEPSPEED: "pip install deepspeed",
+    EngineName.VLLM: 'pip install "muai-fleet[vllm]"  (without a GPU: make setup-engines)',
+    EngineName.DEEPSPEED: 'pip install "muai-fleet[deepspeed]"',
     EngineName.ONNX: 'pip install "muai-fleet[onnx]"  (with a GPU: "muai-fleet[onnx-gpu]")',
     EngineName.PYTORCH: 'pip install "muai-fleet[pytorch]"',
 }

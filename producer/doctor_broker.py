@@ -39,6 +39,8 @@ def check_broker(settings: Settings) -> Iterator[Finding]:
         yield check_latency(latency)
         workers = WorkerRegistry(client, settings.fleet.silent_after_seconds).live()
         yield check_workers(workers, settings)
+        yield from check_chains(workers, settings)
+        yield from check_parity(workers)
         yield check_gpu_leases(read_gpus(client))
     except (redis.RedisError, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -112,6 +114,43 @@ def check_workers(workers: Sequence[WorkerInfo], settings: Settings) -> Finding:
             Grade.WARN, "workers", f"{text}; {'; '.join(problems)}", "start the workers with this configuration"
         )
     return Finding(Grade.OK, "workers", text)
+
+
+def check_chains(workers: Sequence[WorkerInfo], settings: Settings) -> Iterator[Finding]:
+    """Which engines would be tried for each model now, in which order, and why the others would not."""
+    for name, spec in settings.models.catalog.items() if workers else ():
+        kind = spec.kinds[0]
+        usual = spec.engine_preference or settings.optimization.engine_preference
+        order = [engine for engine in usual if spec.served_by(engine) and settings.optimization.engine_enabled(engine)]
+        live = [engine for engine in order if any(worker.serves(engine, name, kind) for worker in workers)]
+        failed = {
+            f"{info.name}: {info.failed[name]}" for worker in workers for info in worker.engines if name in info.failed
+        }
+        text = " > ".join(live) or "no engine"
+        if failed:
+            yield Finding(
+                Grade.WARN, f"chain {name}", f"{text}; out of service: {'; '.join(sorted(failed))}",
+                "the workers try again by themselves; their logs say more",
+            )  # fmt: skip
+        else:
+            yield Finding(Grade.OK if live else Grade.WARN, f"chain {name}", text)
+
+
+def check_parity(workers: Sequence[WorkerInfo]) -> Iterator[Finding]:
+    """What came of holding each engine's answers to those of PyTorch."""
+    for worker in workers:
+        for info in worker.engines:
+            for name, model in info.models.items():
+                if not model.parity:
+                    continue
+                subject = f"parity {name}"
+                if model.parity.startswith("unchecked"):
+                    yield Finding(
+                        Grade.WARN, subject, f"{info.name}: {model.parity}",
+                        "start a worker with the pytorch engine, or raise optimization.parity.max_reference_mb",
+                    )  # fmt: skip
+                else:
+                    yield Finding(Grade.OK, subject, f"{info.name}: {model.parity}")
 
 
 def check_gpu_leases(board: GpuBoard) -> Finding:

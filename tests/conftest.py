@@ -114,7 +114,7 @@ class FleetUnderTest:
             self.wait_live(process)
         return process
 
-    def wait_live(self, process: subprocess.Popen[bytes]) -> WorkerInfo:
+    def wait_live(self, process: subprocess.Popen[bytes], seconds: float = START_SECONDS) -> WorkerInfo:
         """Wait until the process is in the registry."""
 
         def live() -> WorkerInfo | None:
@@ -122,7 +122,7 @@ class FleetUnderTest:
                 raise AssertionError(f"the worker ended with {process.returncode}:\n{self.log(process)[-3000:]}")
             return next((worker for worker in self.client.fleet() if worker.pid == process.pid), None)
 
-        return eventually(live, START_SECONDS, "the worker's announcement")
+        return eventually(live, seconds, "the worker's announcement")
 
     def log(self, process: subprocess.Popen[bytes]) -> str:
         """What a worker has logged."""

@@ -8,7 +8,7 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import redis
@@ -51,6 +51,7 @@ class Fleet:
         self.rescuer = Rescuer(self.delivery, settings, self.worker_id, self.live_workers, self.refresh)
         self.intakes: dict[str, Intake] = {}
         self.observer: TaskObserver | None = None
+        self._absent: dict[EngineName, str] = {}
         self._runners: list[EngineRunner] = []
         self._queues: tuple[str, ...] = ()
         self._started = time.time()
@@ -75,11 +76,16 @@ class Fleet:
     def serve(self, app: Celery, queues: Iterable[str]) -> None:
         """Load the engines that the queues name, and the models that are to be preloaded.
 
-        Raises :class:`ConfigurationError` for an engine that is switched off, :class:`MissingDependency` for one whose
-        library is not here, :class:`NoDeviceAvailable` where the GPUs that they need are not to be had.
+        An engine whose library is not here is announced as such, and its queue left to others.
+
+        Raises :class:`ConfigurationError` for an engine that is switched off, :class:`MissingDependency` where none of
+        them can run here, :class:`NoDeviceAvailable` where the GPUs that they need are not to be had.
         """
-        self._queues = tuple(queues)
-        engines = [EngineName(queue) for queue in self._queues if queue in set(EngineName)]
+        named = [EngineName(queue) for queue in queues if queue in set(EngineName)]
+        engines = self._installed(named)
+        if absent := [name.value for name in named if name not in engines]:
+            app.amqp.queues.deselect(absent)
+        self._queues = tuple(app.amqp.queues.consume_from)
         self.devices.take(engines, check=state.maybe_shutdown)
         self.observer = TaskObserver(app)
         services = Services(
@@ -95,15 +101,26 @@ class Fleet:
             runner.loaded.wait()
         self.devices.start(self.fail)
 
+    def _installed(self, engines: Sequence[EngineName]) -> list[EngineName]:
+        """Those of the engines whose libraries are here."""
+        found = []
+        for name in engines:
+            if not self.settings.optimization.engine_enabled(name):
+                raise ConfigurationError(f"the {name} engine is switched off (optimization.{name}.enabled)")
+            availability = engine_class(name).availability(self.settings)
+            if availability.ok:
+                found.append(name)
+            else:
+                self._absent[name] = f"the {name} engine cannot run here: {availability.reason}. {availability.remedy}"
+        if engines and not found:
+            raise MissingDependency("; ".join(self._absent.values()))
+        for reason in self._absent.values():
+            logger.error("%s; the other engines serve", reason)
+        return found
+
     def _add(self, name: EngineName, services: Services) -> None:
-        if not self.settings.optimization.engine_enabled(name):
-            raise ConfigurationError(f"the {name} engine is switched off (optimization.{name}.enabled)")
-        cls = engine_class(name)
-        availability = cls.availability(self.settings)
-        if not availability.ok:
-            raise MissingDependency(f"the {name} engine cannot run here: {availability.reason}. {availability.remedy}")
         gate = ParityGate(name, self.settings, self.client)
-        models = ModelManager(cls(self.settings), self.settings, gate)
+        models = ModelManager(engine_class(name)(self.settings), self.settings, gate)
 
         def report(event: Event) -> None:
             if isinstance(event, Finished):
@@ -138,6 +155,10 @@ class Fleet:
             )
             for runner in self._runners
         )
+        engines += tuple(
+            EngineInfo(name=name, failed=dict.fromkeys(self._declared(name), reason))
+            for name, reason in self._absent.items()
+        )
         return WorkerInfo(
             id=self.worker_id,
             host=platform.node(),
@@ -149,6 +170,9 @@ class Fleet:
             gpus=self.devices.gpus,
             gpu_problems=self.devices.problems,
         )
+
+    def _declared(self, engine: EngineName) -> list[str]:
+        return [name for name, spec in self.settings.models.catalog.items() if spec.served_by(engine)]
 
     def announce(self) -> None:
         """Announce this worker now, and from now on at every heartbeat."""
