@@ -39,7 +39,11 @@ class Guard:
 
 
 def descendants() -> set[int]:
-    """The processes that this one started, and those they started."""
+    """The processes that this one started, and those they started.
+
+    Python's tracker of shared memory is not among them: it ends by itself, and cleans up when it does.
+    """
     import psutil
 
-    return {process.pid for process in psutil.Process().children(recursive=True)}
+    found = psutil.Process().children(recursive=True)
+    return {process.pid for process in found if "resource_tracker" not in " ".join(process.cmdline())}
