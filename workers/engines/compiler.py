@@ -72,7 +72,7 @@ class ModelCompiler:
         failed: str | None = None
         try:
             compiled = self._compile(model, mode)
-        except Exception as error:  # likewise: whatever a backend raises
+        except Exception as error:  # noqa: BLE001  # likewise; what was raised is logged and kept
             failed = _told(model_id, mode, error)
         self._kept[model_id] = CompiledModel(model, model_id, mode, compiled, failed)
         return self._kept[model_id]

@@ -34,7 +34,7 @@ class Decoding(ABC):
 
     @abstractmethod
     def prefill(self, ids: Tokens, mask: Tokens) -> Logits:
-        """Read the prompts: ids and mask of shape (rows, longest). Scores of each row's first token, (rows, vocabulary)."""
+        """Read the prompts: ids and mask of shape (rows, longest). Scores of the first token of each answer."""
 
     @abstractmethod
     def step(self, tokens: Tokens) -> Logits:

@@ -42,10 +42,9 @@ SAMPLES = (
 
 def measured(ours: TransformerModel, theirs: TransformerModel) -> Cost:
     """Compare the conversion with the original: padded batches, and for a model that writes, steps on its cache."""
-    rows = theirs.codec.tokenizer(list(SAMPLES), return_token_type_ids=True)
     pieces = [
-        Piece(ids[: theirs.max_context], types[: theirs.max_context])
-        for ids, types in zip(rows["input_ids"], rows["token_type_ids"], strict=True)
+        Piece(piece.ids[: theirs.max_context], piece.types[: theirs.max_context])
+        for piece in theirs.codec.tokenized(list(SAMPLES))
     ]
     if theirs.role in (Role.DECODER, Role.SEQ2SEQ):
         pairs = list(_written(ours, theirs, pieces))

@@ -1,4 +1,4 @@
-"""Conversion to ONNX, once per model and content: exported from the PyTorch model, validated against it, kept on disk."""
+"""Conversion to ONNX, once per model and content: exported from PyTorch, validated against it, kept on disk."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _convert(spec: ModelSpec, settings: Settings, folder: Path) -> Conversion:
         raise MissingDependency(
             f'converting {spec.name!r} to ONNX needs {error.name}: pip install "muai-fleet[onnx-export]"'
         ) from error
-    from workers.engines import onnx_graphs, pytorch
+    from workers.engines import onnx_graphs
 
     quantise = settings.optimization.onnx.enable_quantization
     original = _original(spec)

@@ -51,20 +51,21 @@ class Graph(ABC):
     def export(self, path: Path) -> None:
         """Write the graph; raises whatever the exporter raises."""
         call = self.call
+        named = self.inputs()
+        names = list(named)
 
         class Exported(torch.nn.Module):
             def __init__(self, model: Any) -> None:
                 super().__init__()
                 self.model = model
 
-            def forward(self, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-                return call(inputs)
+            def forward(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+                return call(dict(zip(names, tensors, strict=True)))
 
-        inputs = self.inputs()
-        shapes = {name: dict.fromkeys(free, FREE) for name, (_, free) in inputs.items()}
+        shapes = [dict.fromkeys(free, FREE) for _, free in named.values()]
         program = torch.onnx.export(
-            Exported(self.model).eval(), ({name: sample for name, (sample, _) in inputs.items()},), dynamo=True,
-            dynamic_shapes=(shapes,), opset_version=OPSET, verbose=False, input_names=list(inputs),
+            Exported(self.model).eval(), ([sample for sample, _ in named.values()],), dynamo=True,
+            dynamic_shapes=(shapes,), opset_version=OPSET, verbose=False, input_names=names,
             output_names=self.outputs(),
         )  # fmt: skip
         if program is None:

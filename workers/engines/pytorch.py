@@ -106,7 +106,7 @@ class PyTorchEngine(Engine):
         return Availability(True)
 
     def load(self, spec: ModelSpec) -> TorchModel:
-        """Load weights and tokenizer; float32 on a CPU unless configured otherwise. Compiled where that is asked for."""
+        """Load weights and tokenizer; float32 on a CPU unless configured otherwise."""
         require_path(spec)
         configured = self.settings.optimization.pytorch
         device = torch.device(

@@ -17,7 +17,7 @@ STOP_MARGIN = 8
 
 
 class TextCodec:
-    """The tokenizer of one model. ``prefixes`` go in front of the texts of their kind, unless the declaration has one."""
+    """The tokenizer of one model. ``prefixes``, by kind, go in front of texts where the declaration has no prefix."""
 
     def __init__(self, spec: ModelSpec, max_context: int | None, prefixes: Mapping[Kind, str] | None = None) -> None:
         from transformers import AutoTokenizer
@@ -68,13 +68,19 @@ class TextCodec:
         return self._pieces([request.inputs.query or ""] * len(texts), texts)
 
     def _pieces(self, *texts: list[str]) -> list[Piece]:
-        found = self.tokenizer(*texts, truncation=False, return_token_type_ids=True)
-        pieces = [Piece(ids, types) for ids, types in zip(found["input_ids"], found["token_type_ids"], strict=True)]
+        pieces = self.tokenized(*texts)
         for piece in pieces:
             if not piece.ids:
                 raise BadRequest("a text has no tokens")
             self.check(len(piece.ids), room=0)
         return pieces
+
+    def tokenized(self, *texts: list[str]) -> list[Piece]:
+        """Texts, or pairs of them, as tokens, of whatever length."""
+        found = self.tokenizer(*texts, truncation=False)
+        # A tokenizer gives types where its model was trained with them; others see every text as a first one.
+        types = found.get("token_type_ids") or [[0] * len(ids) for ids in found["input_ids"]]
+        return [Piece(ids, of) for ids, of in zip(found["input_ids"], types, strict=True)]
 
     def check(self, length: int, room: int) -> None:
         """Raise :class:`ContextTooLong` where ``length`` tokens and ``room`` more do not fit the model."""
