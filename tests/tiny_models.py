@@ -66,7 +66,9 @@ def make_bert_classifier(directory: Path, labels: int = 3, **config: Any) -> Pat
     return _save(
         directory,
         lambda ids: BertForSequenceClassification(
-            BertConfig(**_encoder(ids), id2label=named, label2id={name: index for index, name in named.items()}, **config)
+            BertConfig(
+                **_encoder(ids), id2label=named, label2id={name: index for index, name in named.items()}, **config
+            )
         ),
     )
 
@@ -79,7 +81,7 @@ def make_t5(directory: Path) -> Path:
         directory,
         lambda ids: T5ForConditionalGeneration(
             T5Config(
-                vocab_size=ids["vocab_size"], d_model=64, d_kv=16, d_ff=128, num_layers=2, num_decoder_layers=3,
+                vocab_size=ids["vocab_size"], d_model=64, d_kv=16, d_ff=128, num_layers=3, num_decoder_layers=2,
                 num_heads=4, decoder_start_token_id=ids["pad_token_id"], pad_token_id=ids["pad_token_id"],
                 eos_token_id=ids["eos_token_id"], n_positions=CONTEXT, task_specific_params=tasks,
             )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from workers.engines.decoding import Decoding, positions
 from workers.engines.sampling import Logits, Scores, Tokens
@@ -93,6 +94,8 @@ class TorchRewriting(Decoding):
 
     def prefill(self, ids: Tokens, mask: Tokens) -> Logits:
         """Read the texts, and give the decoder what it starts from."""
+        # Left to itself T5 makes a cache for as many layers as the encoder has, and the decoder may have more.
+        self._cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         self._mask = torch.from_numpy(mask).to(self._device)
         source = torch.from_numpy(ids).to(self._device)
         self._read = self._model.get_encoder()(input_ids=source, attention_mask=self._mask).last_hidden_state
