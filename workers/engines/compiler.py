@@ -107,6 +107,7 @@ def _cached(named: Mapping[str, Any]) -> list[int]:
 
 
 def _told(model_id: str, mode: str, error: Exception) -> str:
-    reason = f"{type(error).__name__}: {first_line(error)}"
+    cause = getattr(error, "inner_exception", error)  # torch wraps what a backend raises
+    reason = f"{type(cause).__name__}: {first_line(cause)}"
     logger.warning("pytorch: %s runs uncompiled: torch.compile (%s) failed: %s", model_id, mode, reason)
     return reason
