@@ -202,9 +202,9 @@ def test_a_kind_that_was_not_declared(load, path, engine: str) -> None:  # noqa:
     [
         ("bert", ["summarize"], "declared for summarize, which needs a sequence-to-sequence model; it is a BertModel"),
         ("bert", ["classify"], "which needs a sequence classifier; it is a BertModel: its weights lack classifier"),
-        ("bert", ["generate"], "which needs a decoder; it is a BertModel: its weights lack cls"),
-        ("bart", ["generate"], "which needs a decoder; it is a BartForConditionalGeneration"),
-        ("t5", ["embed"], "which needs a encoder; it is a T5ForConditionalGeneration"),
+        ("bert", ["generate"], "which needs a causal language model; it is a BertModel: its weights lack cls"),
+        ("bart", ["generate"], "which needs a causal language model; it is a BartForConditionalGeneration"),
+        ("t5", ["embed"], "which needs a text encoder; it is a T5ForConditionalGeneration"),
         ("three", ["rerank"], "has 3 labels; a cross-encoder has one, or two"),
         ("llama", ["generate", "summarize"], "different sorts of model answer"),
     ],

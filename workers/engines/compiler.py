@@ -94,9 +94,12 @@ class ModelCompiler:
         self._kept.clear()
 
     def _compile(self, model: Any, mode: Mode) -> Forward:
-        # A backend of a test's own knows no modes.
-        named = {"mode": mode} if self._backend == "inductor" else {}
-        compiled: Forward = torch.compile(model, backend=self._backend, dynamic=self._settings.compile_dynamic, **named)
+        compiled: Forward = torch.compile(
+            model,
+            backend=self._backend,
+            dynamic=self._settings.compile_dynamic,
+            mode=mode if self._backend == "inductor" else None,  # another backend knows no modes
+        )
         return compiled
 
 

@@ -59,6 +59,7 @@ def answer(request: InferenceRequest) -> EngineOutput | BadRequest | EngineError
 def _of_texts(request: InferenceRequest, texts: Sequence[str]) -> EngineOutput:
     """Vectors and scores that are digests of the texts; texts rewritten like a prompt, from their last character on."""
     read = request.inputs.characters()
+    outputs: dict[str, object]
     if request.kind in (Kind.SUMMARIZE, Kind.TRANSLATE):
         written = [text[::-1][: request.params.max_tokens] for text in texts]
         outputs = {

@@ -61,7 +61,6 @@ def measured(ours: TransformerModel, theirs: TransformerModel) -> Cost:
 
 def _written(ours: TransformerModel, theirs: TransformerModel, pieces: list[Piece]) -> Iterator[tuple[Floats, Floats]]:
     """Scores of both, of shape (rows, vocabulary), for the first token and for each step."""
-    forbidden = np.empty(0)
     with ours.running(), theirs.running():
         decoders = (ours.decoding(), theirs.decoding())
         put = pad_left if decoders[0].padding == "left" else pad_right
@@ -70,8 +69,8 @@ def _written(ours: TransformerModel, theirs: TransformerModel, pieces: list[Piec
         found = [decoder.prefill(ids, mask) for decoder in decoders]
         for step in range(STEPS):
             a, b = (_scores(logits, count) for logits in found)
-            forbidden = np.isfinite(b).all(axis=0)
-            yield a[:, forbidden], b[:, forbidden]
+            chosen_from = np.isfinite(b).all(axis=0)  # forbidden tokens are at minus infinity
+            yield a[:, chosen_from], b[:, chosen_from]
             tokens: Tokens = b.argmax(axis=1).astype(np.int64)
             if step == LEFT_AT:
                 kept = list(range(0, count, 2))

@@ -19,7 +19,6 @@ GRAPH = "model.onnx"
 ENCODER_GRAPH = "encoder.onnx"
 META = "conversion.json"
 LAYOUT_VERSION = 2
-OPSET = 20
 SAMPLE_BYTES = 1 << 20
 
 
@@ -124,7 +123,7 @@ def fingerprint(spec: ModelSpec, quantise: bool) -> str:
     """Changes with the model's files, the options that shape the graph, and the libraries that write it."""
     digest = hashlib.sha256()
     parts = [str(LAYOUT_VERSION), str(quantise), str(spec.max_length), ",".join(sorted(spec.kinds))]
-    parts += [f"{package}={_version(package)}" for package in ("transformers", "onnxruntime")]
+    parts += [f"{package}={_version(package)}" for package in ("transformers", "onnxruntime", "onnxruntime-gpu")]
     digest.update("|".join(parts).encode())
     path = Path(spec.path).expanduser()
     if path.is_dir():

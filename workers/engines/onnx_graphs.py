@@ -19,7 +19,7 @@ import torch
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from shared.errors import EngineLoadError
-from workers.engines.onnx_files import OPSET, Conversion, cache_names
+from workers.engines.onnx_files import Conversion, cache_names
 
 FREE = torch.export.Dim.DYNAMIC
 ROWS, QUERIES, CACHED, SOURCE = 2, 3, 5, 7
@@ -65,7 +65,7 @@ class Graph(ABC):
         shapes = [dict.fromkeys(free, FREE) for _, free in named.values()]
         program = torch.onnx.export(
             Exported(self.model).eval(), ([sample for sample, _ in named.values()],), dynamo=True,
-            dynamic_shapes=(shapes,), opset_version=OPSET, verbose=False, input_names=names,
+            dynamic_shapes=(shapes,), opset_version=opset(), verbose=False, input_names=names,
             output_names=self.outputs(),
         )  # fmt: skip
         if program is None:
@@ -193,6 +193,15 @@ class WritingGraph(Graph):
             decoder_attention_mask=inputs["bias"], past_key_values=cache, use_cache=True,
         )  # fmt: skip
         return [out.logits[:, -1], *_tensors(out.past_key_values.self_attention_cache)]
+
+
+def opset() -> int:
+    """The version of the operators: 20 has GELU as one, 23 attention as well, which not every runtime computes well."""
+    import onnxruntime
+
+    release = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+    on_a_cpu = "CUDAExecutionProvider" not in onnxruntime.get_available_providers()
+    return 23 if release >= (1, 23) and on_a_cpu else 20
 
 
 def cache_shape(model: Any, start: tuple[int, ...]) -> tuple[int, int, int]:

@@ -20,7 +20,7 @@ OPENVINO = "OpenVINOExecutionProvider"
 
 
 def provider_options(provider: str, settings: Settings, spec: ModelSpec) -> dict[str, str]:
-    """The options of one execution provider. Of a model's ``options.onnx``: ``openvino_device`` (``CPU``, ``GPU``, ...)."""
+    """The options of one execution provider. In a model's ``options.onnx``: ``openvino_device`` (CPU, GPU, ...)."""
     if provider == TENSORRT:
         # Building an engine takes minutes: it is kept beside the conversions, like the timings it is built from.
         folder = Path(settings.models.cache_dir).expanduser().resolve() / "onnx" / "tensorrt"

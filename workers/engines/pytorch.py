@@ -16,6 +16,7 @@ from shared.settings import ModelSpec, Settings
 from workers.engines.base import Availability, Engine
 from workers.engines.compiler import ModelCompiler
 from workers.engines.decoding import Decoding
+from workers.engines.grouped_attention import group_heads
 from workers.engines.lengths import Floats, Padded
 from workers.engines.pytorch_decoding import Forward, TorchDecoding, TorchRewriting
 from workers.engines.roles import Role, role_of
@@ -116,6 +117,7 @@ class PyTorchEngine(Engine):
         codec = TextCodec(spec, context_of(spec, model.config, model), task_prefixes(model.config))
         with memory_errors():
             model.to(device)
+        group_heads(model, device)
         return TorchModel(spec, model, codec, device, self.compiler if configured.compile else None)
 
     def close(self) -> None:

@@ -12,8 +12,8 @@ from shared.settings import ModelSpec
 class Role(StrEnum):
     """The sorts of model that the engines run."""
 
-    DECODER = "decoder"
-    ENCODER = "encoder"
+    DECODER = "causal language model"
+    ENCODER = "text encoder"
     CLASSIFIER = "sequence classifier"
     SEQ2SEQ = "sequence-to-sequence model"
 

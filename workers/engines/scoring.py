@@ -54,7 +54,8 @@ class Labels:
         if self.several:
             return (0.5 * (1.0 + np.tanh(0.5 * wide))).astype(np.float32)  # a sigmoid that cannot overflow
         weights = np.exp(wide - wide.max(axis=1, keepdims=True))
-        return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+        shares: Floats = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+        return shares
 
     def classified(self, scores: Floats) -> dict[str, Any]:
         """The outputs of a classify request."""
