@@ -187,6 +187,17 @@ def test_a_text_beyond_the_context_fails_alone(load, path, engine: str, name: st
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_a_rewritten_text_ends_at_the_context(load, path, engine: str) -> None:  # noqa: F811
+    """Learnt positions end somewhere: so does the answer, whatever ``max_tokens`` says."""
+    model = load(engine, "bart", path("bart"), kinds=["summarize", "translate"])
+
+    (outcome,) = run(model, [ask("translate", "abc", params={"max_tokens": 9 * CONTEXT, "ignore_eos": True})], 1)
+
+    assert outcome.outputs["finish_reasons"] == ["length"]
+    assert outcome.usage.completion_tokens == CONTEXT - 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_kind_that_was_not_declared(load, path, engine: str) -> None:  # noqa: F811
     """A classifier that is not declared for it does not rerank: the caller's error."""
     model = load(engine, "three", path("three"), kinds=["classify"])

@@ -66,8 +66,8 @@ class _Member:
     def __init__(self, index: int, request: InferenceRequest, prompts: list[list[int]], limit: int | None) -> None:
         self.index = index
         self.request = request
-        # What an encoder reads takes no room from the answer; a decoder's prompt does.
-        taken = [0 if request.kind in REWRITING else len(prompt) for prompt in prompts]
+        # A decoder's prompt takes room from the answer. What an encoder reads does not; a forced first token does.
+        taken = [1 if request.kind in REWRITING else len(prompt) for prompt in prompts]
         rooms = [None if limit is None else limit - used for used in taken]
         self.rows = [_Row(self, prompt, room) for prompt, room in zip(prompts, rooms, strict=True)]
 

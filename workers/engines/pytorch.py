@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -55,7 +55,7 @@ class TorchModel(TransformerModel):
         self._writing = writing_of(spec, model) if self.role is Role.SEQ2SEQ else None
         self._takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
 
-    def running(self) -> Any:
+    def running(self) -> AbstractContextManager[None]:
         """Without gradients, and with torch's errors as the fleet's."""
         return _inference()
 
