@@ -52,7 +52,7 @@ def measured(ours: TransformerModel, theirs: TransformerModel) -> Cost:
     texts = padded(pieces, theirs.pad)
     with ours.running(), theirs.running():
         if theirs.role is Role.CLASSIFIER:
-            return _cost(ours.classify(texts), theirs.classify(texts), None)
+            return _scored(ours.classify(texts), theirs.classify(texts))
         found, expected = ours.encode(texts), theirs.encode(texts)
     alike = _nearest(pool(found, texts.mask, ours.spec)) == _nearest(pool(expected, texts.mask, ours.spec))
     shown = texts.mask.astype(bool)
@@ -78,6 +78,15 @@ def _written(ours: TransformerModel, theirs: TransformerModel, pieces: list[Piec
                     decoder.keep(kept)
                 tokens, count = tokens[kept], len(kept)
             found = [decoder.step(tokens) for decoder in decoders]
+
+
+def _scored(ours: Floats, theirs: Floats) -> Cost:
+    """Of a head's scores (texts, labels). The angle is that of all scores: a few are too few to have one."""
+    if theirs.shape[1] > 1:
+        agreement = float((ours.argmax(-1) == theirs.argmax(-1)).mean())
+    else:  # a cross-encoder: what counts is which of two texts comes first
+        agreement = float(((ours > ours.T) == (theirs > theirs.T)).mean())
+    return _cost(ours.reshape(1, -1), theirs.reshape(1, -1), agreement)
 
 
 def _room(model: TransformerModel) -> int | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from shared.errors import EngineLoadError, MissingDependency
 from shared.settings import ModelSpec, Settings
 from workers.engines.onnx_checks import measured
-from workers.engines.onnx_files import ENCODER_GRAPH, GRAPH, META, Conversion, Cost, folder_of
+from workers.engines.onnx_files import ENCODER_GRAPH, GRAPH, META, Conversion, folder_of
 from workers.engines.onnx_model import OnnxModel
 from workers.engines.roles import Role, role_of
 from workers.engines.scoring import Labels
@@ -138,17 +138,20 @@ def _validated(original: TorchModel, conversion: Conversion, folder: Path, setti
     (relative attention, convolutions) that deviates, and each text gets a row of its own.
     """
     spec = original.spec
+    configured = settings.optimization.onnx.validation_tolerance
+    limit = 1 - QUANTISED_LEAST_COSINE if conversion.quantised else configured
     for packs in (True, False) if conversion.packs else (False,):
         tried = replace(conversion, packs=packs)
         cost = measured(OnnxModel(spec, folder, tried, _plain_session), original)
-        away, limit = _deviation(cost, settings, quantised=conversion.quantised)
+        tried = replace(tried, cost=cost)
+        away = tried.difference
         if away <= limit:
             logger.info(
                 "converted %s to ONNX%s: differences of outputs: largest %.2g, mean %.2g; %.1f %% of %s agree",
                 spec.name, ", quantised" if conversion.quantised else "", cost.largest, cost.mean,
                 100 * cost.agreement, _ANSWERS[conversion.role],
             )  # fmt: skip
-            return replace(tried, cost=cost)
+            return tried
     raise EngineLoadError(
         f"the ONNX conversion of {spec.name!r} deviates from the original by {away:.3g}; at most {limit:.3g} may be "
         + ("(quantised)" if conversion.quantised else "(optimization.onnx.validation_tolerance)")
@@ -159,15 +162,8 @@ _ANSWERS = {
     Role.DECODER: "next tokens",
     Role.SEQ2SEQ: "next tokens",
     Role.ENCODER: "nearest neighbours",
-    Role.CLASSIFIER: "labels",
+    Role.CLASSIFIER: "labels (or ranks)",
 }
-
-
-def _deviation(cost: Cost, settings: Settings, *, quantised: bool) -> tuple[float, float]:
-    """How far the conversion is off, and how far it may be: by angle where 8 bits change every number a little."""
-    if quantised:
-        return 1 - cost.least_cosine, 1 - QUANTISED_LEAST_COSINE
-    return cost.largest, settings.optimization.onnx.validation_tolerance
 
 
 def _plain_session(graph: Path) -> Any:

@@ -27,7 +27,7 @@ class Cost:
     """What a conversion changes, measured on sample texts.
 
     ``largest`` and ``mean`` are differences of outputs as shares of the largest output. ``agreement`` is the share of
-    answers that stay the same: next tokens, labels, or nearest neighbours of an embedding.
+    answers that stay the same: next tokens, labels, nearest neighbours of an embedding, or the order of two texts.
     """
 
     largest: float
@@ -67,8 +67,13 @@ class Conversion:
 
     @property
     def difference(self) -> float:
-        """The largest deviation from the original that was measured; infinite before it is."""
-        return float("inf") if self.cost is None else self.cost.largest
+        """How far it is off at most: the largest deviation; by angle (one minus the cosine) where it is quantised.
+
+        Infinite before it is measured.
+        """
+        if self.cost is None:
+            return float("inf")
+        return 1 - self.cost.least_cosine if self.quantised else self.cost.largest
 
     @property
     def past_names(self) -> list[str]:

@@ -65,8 +65,8 @@ class Graph(ABC):
         shapes = [dict.fromkeys(free, FREE) for _, free in named.values()]
         program = torch.onnx.export(
             Exported(self.model).eval(), ([sample for sample, _ in named.values()],), dynamo=True,
-            dynamic_shapes=(shapes,), opset_version=opset(), verbose=False, input_names=names,
-            output_names=self.outputs(),
+            dynamic_shapes=(shapes,), opset_version=opset(quantised=self.conversion.quantised), verbose=False,
+            input_names=names, output_names=self.outputs(),
         )  # fmt: skip
         if program is None:
             raise EngineLoadError("the exporter returned nothing")
@@ -195,13 +195,16 @@ class WritingGraph(Graph):
         return [out.logits[:, -1], *_tensors(out.past_key_values.self_attention_cache)]
 
 
-def opset() -> int:
-    """The version of the operators: 20 has GELU as one, 23 attention as well, which not every runtime computes well."""
+def opset(*, quantised: bool) -> int:
+    """The version of the operators: 20 has GELU as one, 23 attention as well.
+
+    Not every runtime has a kernel for that, and the quantiser writes graphs of that version that are not valid.
+    """
     import onnxruntime
 
     release = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
     on_a_cpu = "CUDAExecutionProvider" not in onnxruntime.get_available_providers()
-    return 23 if release >= (1, 23) and on_a_cpu else 20
+    return 23 if release >= (1, 23) and on_a_cpu and not quantised else 20
 
 
 def cache_shape(model: Any, start: tuple[int, ...]) -> tuple[int, int, int]:
