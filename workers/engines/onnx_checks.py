@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from workers.engines.decoding import pad_left
 from workers.engines.embedding import pool
@@ -54,9 +57,11 @@ def measured(ours: TransformerModel, theirs: TransformerModel) -> Cost:
         if theirs.role is Role.CLASSIFIER:
             return _scored(ours.classify(texts), theirs.classify(texts))
         found, expected = ours.encode(texts), theirs.encode(texts)
-    alike = _nearest(pool(found, texts.mask, ours.spec)) == _nearest(pool(expected, texts.mask, ours.spec))
+    pooled = [pool(vectors, texts.mask, theirs.spec) for vectors in (found, expected)]
+    alike = _nearest(pooled[0]) == _nearest(pooled[1])
     shown = texts.mask.astype(bool)
-    return _cost(found[shown], expected[shown], float(alike.mean()))
+    cost = _cost(found[shown], expected[shown], float(alike.mean()))
+    return replace(cost, least_cosine=_least_cosine(*pooled))  # what is served is the angle of the whole text
 
 
 def _written(ours: TransformerModel, theirs: TransformerModel, pieces: list[Piece]) -> Iterator[tuple[Floats, Floats]]:
@@ -110,8 +115,11 @@ def _cost(ours: Floats, theirs: Floats, agreement: float | None) -> Cost:
     """``agreement`` is by the largest score unless it is given."""
     ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
     away = np.abs(ours - theirs) / max(1.0, float(np.abs(theirs).max()))
-    lengths = np.linalg.norm(ours, axis=-1) * np.linalg.norm(theirs, axis=-1)
-    cosine = (ours * theirs).sum(-1) / np.maximum(lengths, 1e-12)
     if agreement is None:
         agreement = float((ours.argmax(-1) == theirs.argmax(-1)).mean())
-    return Cost(float(away.max()), float(away.mean()), float(cosine.min()), agreement)
+    return Cost(float(away.max()), float(away.mean()), _least_cosine(ours, theirs), agreement)
+
+
+def _least_cosine(ours: NDArray[Any], theirs: NDArray[Any]) -> float:
+    lengths = np.linalg.norm(ours, axis=-1) * np.linalg.norm(theirs, axis=-1)
+    return float(((ours * theirs).sum(-1) / np.maximum(lengths, 1e-12)).min())
