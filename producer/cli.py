@@ -95,9 +95,9 @@ def submit(
     model: Annotated[str | None, typer.Option("--model", "-m", help="The model's name.", show_default=False)] = None,
     kind: Annotated[Kind | None, typer.Option(help="By default what the input suggests.", show_default=False)] = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt of a generate request.", show_default=False)] = None,
-    text: Annotated[list[str] | None, typer.Option(help="A text (embed, classify, ...); repeatable.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="A text (of embed, classify, ...); repeatable.")] = None,
     message: Annotated[list[str] | None, typer.Option(help="role:content of a chat; repeatable.")] = None,
-    query: Annotated[str | None, typer.Option(help="The query of a rerank request.", show_default=False)] = None,
+    query: Annotated[str | None, typer.Option(help="What to rerank the texts by.", show_default=False)] = None,
     source: Annotated[str | None, typer.Option("--json", help="A file with the request; - is the input.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens written.", show_default=False)] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.", show_default=False)] = None,
@@ -158,6 +158,11 @@ def _read_object(source: str) -> dict[str, Any]:
 def _print_outcome(outcome: Outcome, *, raw: bool) -> None:
     if isinstance(outcome, FleetError):
         raise outcome
+    rewritten = outcome.outputs.get("texts")
+    if isinstance(rewritten, list) and not raw:
+        for text in rewritten:
+            print(text)
+        return
     print(result_text(outcome, raw=raw))
 
 

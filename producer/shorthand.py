@@ -10,7 +10,7 @@ from shared.errors import BadRequest
 
 _INPUTS = (*Inputs.model_fields, "text")
 _PARAMS = tuple(SamplingParams.model_fields)
-_KIND_OF_INPUT = {"messages": Kind.CHAT, "texts": Kind.EMBED, "prompt": Kind.GENERATE}
+_KIND_OF_INPUT = {"query": Kind.RERANK, "messages": Kind.CHAT, "texts": Kind.EMBED, "prompt": Kind.GENERATE}
 
 
 def complete(data: Mapping[str, Any], *, model: str | None = None, kind: Kind | None = None) -> dict[str, Any]:

@@ -102,6 +102,23 @@ class PyTorchSettings(Section):
     enabled: bool = Field(True, description="Whether workers may serve the pytorch queue.")
     dtype: Dtype = Field("auto", description="Number format of the weights; auto is float32 on a CPU.")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
+    compile: bool = Field(False, description="Compile the forward pass with torch.compile; where it fails, run as is.")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = Field(
+        "default", description="How much torch.compile tries, between the two loads below."
+    )
+    compile_dynamic: bool | None = Field(
+        True, description="One compilation for all shapes; null compiles anew where a shape turns out to change."
+    )
+    compile_load_high: Fraction = Field(0.8, description="Share of busy time above which max-autotune is chosen.")
+    compile_load_low: Fraction = Field(0.3, description="Share of busy time below which default is chosen.")
+
+    @model_validator(mode="after")
+    def _loads_rise(self) -> Self:
+        if self.compile_load_low > self.compile_load_high:
+            raise ValueError(
+                f"compile_load_low ({self.compile_load_low}) is above compile_load_high ({self.compile_load_high})"
+            )
+        return self
 
 
 class FakeSettings(Section):
@@ -324,6 +341,9 @@ class ModelSpec(Section):
     )
     pooling: Literal["mean", "cls", "last"] = Field("mean", description="How token vectors become one embedding.")
     normalize: bool = Field(True, description="Scale embeddings to length one.")
+    prefix: str | None = Field(
+        None, description="Put in front of every input text; null is what the model's own configuration says."
+    )
     max_length: Positive | None = Field(None, description="Longest sequence in tokens; null is the model's own.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
     options: dict[EngineName, dict[str, Any]] = Field({}, description="Further options, an entry per engine.")

@@ -13,8 +13,13 @@ from numpy.typing import NDArray
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
     GenerationConfig,
     GPT2Config,
@@ -24,11 +29,16 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from demo.train import make_tokenizer
 
 CONTEXT = 256
+PREFIX = "summarize: "
 SPREAD = 0.15
 """Standard deviation of the weights: wide enough that the next token is seldom a near tie."""
 
@@ -53,14 +63,57 @@ def make_gpt2(directory: Path) -> Path:
 
 def make_bert(directory: Path) -> Path:
     """A BERT-like encoder of about 0.1 million parameters."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return _save(directory, lambda ids: BertModel(BertConfig(**_encoder(ids))))
+
+
+def make_roberta(directory: Path) -> Path:
+    """Its like with the positions of RoBERTa, which begin behind the padding token's id."""
+    return _save(directory, lambda ids: RobertaModel(RobertaConfig(**_encoder(ids))))
+
+
+def make_bert_classifier(directory: Path, labels: int = 3, **config: Any) -> Path:
+    """A BERT with a classification head; with one label, or two, it can rerank."""
+    named = {index: f"label-{index}" for index in range(labels)}
     return _save(
         directory,
-        lambda ids: BertModel(
+        lambda ids: BertForSequenceClassification(
             BertConfig(
-                vocab_size=ids["vocab_size"], pad_token_id=ids["pad_token_id"], max_position_embeddings=CONTEXT, **sizes
+                **_encoder(ids), id2label=named, label2id={name: index for index, name in named.items()}, **config
             )
         ),
+    )
+
+
+def make_t5(directory: Path) -> Path:
+    """A T5 of about 0.2 million parameters, which summarises behind a prefix."""
+    tasks = {"summarization": {"prefix": PREFIX}, "translation_en_to_de": {"prefix": "to German: "},
+             "translation_en_to_fr": {"prefix": "to French: "}}  # fmt: skip
+    return _save(
+        directory,
+        lambda ids: T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=ids["vocab_size"], d_model=64, d_kv=16, d_ff=128, num_layers=3, num_decoder_layers=2,
+                num_heads=4, decoder_start_token_id=ids["pad_token_id"], pad_token_id=ids["pad_token_id"],
+                eos_token_id=ids["eos_token_id"], n_positions=CONTEXT, task_specific_params=tasks,
+            )
+        ),
+        decoder_start_token_id=0,
+    )  # fmt: skip
+
+
+def make_bart(directory: Path) -> Path:
+    """A BART: learnt positions, a forced first token, and a token that it never writes."""
+    return _save(
+        directory,
+        lambda ids: BartForConditionalGeneration(
+            BartConfig(
+                vocab_size=ids["vocab_size"], d_model=64, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=128,
+                decoder_ffn_dim=128, encoder_attention_heads=4, decoder_attention_heads=4,
+                max_position_embeddings=CONTEXT, pad_token_id=ids["pad_token_id"], eos_token_id=ids["eos_token_id"],
+                bos_token_id=2, decoder_start_token_id=ids["eos_token_id"], forced_eos_token_id=None,
+            )
+        ),
+        decoder_start_token_id=1, forced_bos_token_id=2, bad_words_ids=[[0]],
     )  # fmt: skip
 
 
@@ -90,6 +143,28 @@ def _greedy(path: Path, prompts: list[str], max_tokens: int) -> list[list[int]]:
     return rows
 
 
+def rewritten_reference(path: Path, texts: list[str], max_tokens: int) -> list[list[int]]:
+    """Greedy tokens of transformers.generate for each text alone, without what the decoder starts from and its end."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    given = 1 if model.generation_config.forced_bos_token_id is None else 2
+    rows = []
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        full = model.generate(ids, do_sample=False, num_beams=1, max_new_tokens=max_tokens + given - 1)
+        rows.append([token for token in full[0, given:].tolist() if token != tokenizer.eos_token_id])
+    return rows
+
+
+def classified_reference(path: Path, *texts: list[str]) -> NDArray[np.float32]:
+    """A classification head's scores for each text (or pair) alone, by transformers itself; shape (texts, labels)."""
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    with torch.inference_mode():
+        rows = [model(**tokenizer(*one, return_tensors="pt")).logits[0].numpy() for one in zip(*texts, strict=True)]
+    return np.stack(rows)
+
+
 def mean_vectors(path: Path, texts: list[str]) -> NDArray[np.float32]:
     """Mean of the last hidden states of each text alone, by transformers itself; shape (texts, size)."""
     model = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
@@ -110,7 +185,14 @@ def _decoder() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _save(directory: Path, build: Callable[[dict[str, Any]], PreTrainedModel]) -> Path:
+def _encoder(ids: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "vocab_size": ids["vocab_size"], "pad_token_id": ids["pad_token_id"], "max_position_embeddings": CONTEXT,
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2,
+    }  # fmt: skip
+
+
+def _save(directory: Path, build: Callable[[dict[str, Any]], PreTrainedModel], **generation: Any) -> Path:
     torch.manual_seed(11)
     tokenizer = make_tokenizer()
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
@@ -121,7 +203,9 @@ def _save(directory: Path, build: Callable[[dict[str, Any]], PreTrainedModel]) -
                 parameter.normal_(0.0, SPREAD)
     model.eval()
     if getattr(model, "generation_config", None) is not None:
-        model.generation_config = GenerationConfig(eos_token_id=ids["eos_token_id"], pad_token_id=ids["pad_token_id"])
+        model.generation_config = GenerationConfig(
+            eos_token_id=ids["eos_token_id"], pad_token_id=ids["pad_token_id"], **generation
+        )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory

@@ -179,7 +179,7 @@ def test_what_cannot_be_loaded_says_so(folder) -> None:
 def test_tensor_parallel_and_a_killed_core(folder) -> None:
     """Two processes that share the layers give the same tokens.
 
-    SIGKILL of the engine core: what runs ends as EngineDied at once, the model says that it is dead, no process is left.
+    SIGKILL of the engine core: what runs ends as EngineDied at once, the model says so, no process is left.
     """
     before = set(psutil.Process().children(recursive=True))
     model = start(folder / "llama", tensor_parallel_size=2)

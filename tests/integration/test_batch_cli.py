@@ -76,6 +76,25 @@ def test_submit_prints_the_answer(fleet):
     assert len(json.loads(embedded[1])["embeddings"]) == 2
 
 
+def test_submit_asks_for_every_kind_of_answer_to_texts(make_fleet):
+    """--kind, --text and --query are all it takes; rewritten texts are printed a line each, scores as JSON."""
+    kinds = ["classify", "rerank", "summarize", "translate"]
+    fleet = make_fleet(models={"catalog": {"texts": {"path": "fake", "kinds": kinds, "engines": ["fake"]}}})
+    fleet.start_worker()
+    texts = ("-m", "texts", "--text", "abc", "--text", "de")
+
+    classified = json.loads(muai(fleet, "submit", *texts, "--kind", "classify")[1])
+    reranked = json.loads(muai(fleet, "submit", *texts, "--query", "q")[1])
+
+    assert len(classified["labels"]) == len(classified["scores"]) == 2
+    assert sorted(reranked["order"]) == [0, 1]
+    assert muai(fleet, "submit", *texts, "--kind", "summarize") == (0, "cba\ned\n", "")
+    line = {"model": "texts", "kind": "translate", "text": "abc", "max_tokens": 2}
+    assert muai(fleet, "submit", "--json", "-", stdin=json.dumps(line)) == (0, "cb\n", "")
+    status, _, error = muai(fleet, "submit", *texts, "--kind", "rerank")
+    assert (status, error) == (2, "muai: a rerank request needs inputs.query\n")
+
+
 def test_submit_reads_a_request_from_the_input(fleet):
     """``--json -`` takes the request from the standard input; options add to it."""
     request = json.dumps({"model": "echo", "inputs": {"prompt": "abcdef"}})

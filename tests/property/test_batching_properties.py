@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from workers.batcher import Batch, Batcher, BatchLimits, FlushReason
 from workers.engines.decoding import pad_left, positions
-from workers.engines.embedding import pad_right
+from workers.engines.lengths import pad_right
 
 pytestmark = pytest.mark.property
 

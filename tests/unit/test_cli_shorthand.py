@@ -16,6 +16,7 @@ from shared.errors import BadRequest
         ({"texts": ["a", "b"]}, Kind.EMBED, {"texts": ["a", "b"]}),
         ({"inputs": {"prompt": "a"}}, Kind.GENERATE, {"prompt": "a"}),
         ({"kind": "classify", "text": "a"}, "classify", {"texts": "a"}),
+        ({"query": "q", "texts": ["a", "b"]}, Kind.RERANK, {"query": "q", "texts": ["a", "b"]}),
     ],
 )
 def test_the_inputs_tell_the_kind(data, kind, inputs):

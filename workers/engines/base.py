@@ -31,7 +31,9 @@ class EngineOutput:
     """What an engine says of one request. Times are in milliseconds.
 
     ``outputs`` is what the caller sees: ``{"text", "token_ids", "finish_reason"}`` for generate and chat (chat also
-    ``message``), ``{"embeddings": [[float]], "dimensions": int}`` for embed.
+    ``message``), ``{"embeddings": [[float]], "dimensions": int}`` for embed, ``{"labels": [str], "scores": [[float]],
+    "label_names": [str]}`` for classify, ``{"scores": [float], "order": [int]}`` for rerank, and ``{"text", "texts",
+    "token_ids": [[int]], "finish_reasons": [str]}`` for summarize and translate.
     """
 
     outputs: dict[str, Any]

@@ -1,7 +1,7 @@
 """The decode loop: one for every engine that can prefill a batch and take a step.
 
-Prompts are padded on the left, so that all rows write their next token at the same place. A row that is finished is
-reported at once; finished rows leave the batch when a fair share of it is done.
+All rows write their next token at the same place. A request is reported as soon as its last row is finished; finished
+rows leave the batch when a fair share of it is done.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from shared.contract import InferenceRequest, Kind, Usage
 from shared.errors import EngineError, FleetError
 from workers.engines.base import Emit, EngineOutput
+from workers.engines.lengths import pad_right
+from workers.engines.roles import REWRITING
 from workers.engines.sampling import Logits, Sampler, Tokens, choose
 from workers.engines.text import TextCodec
 
@@ -26,9 +29,12 @@ KEEP_SHARE = 0.75
 class Decoding(ABC):
     """One batch on its way through a decoder, with its key-value cache."""
 
+    padding: ClassVar[Literal["left", "right"]] = "left"
+    """Where prompts are padded: left where the answer goes on from them, right where an encoder reads them."""
+
     @abstractmethod
     def prefill(self, ids: Tokens, mask: Tokens) -> Logits:
-        """Read the prompts: ids and mask of shape (rows, longest), left padded. Scores of the token after each."""
+        """Read the prompts: ids and mask of shape (rows, longest). Scores of the first token of each answer."""
 
     @abstractmethod
     def step(self, tokens: Tokens) -> Logits:
@@ -40,17 +46,52 @@ class Decoding(ABC):
 
 
 class _Row:
-    """One request in the batch."""
+    """One prompt in the batch."""
 
-    def __init__(self, index: int, request: InferenceRequest, prompt: list[int], room: int | None) -> None:
+    def __init__(self, member: _Member, prompt: list[int], room: int | None) -> None:
+        self.member = member
+        self.prompt = prompt
+        params = member.request.params
+        self.most = params.max_tokens if room is None else min(params.max_tokens, room)
+        self.sampler = Sampler(params)
+        self.tokens: list[int] = []
+        self.text = ""
+        self.reason = ""
+        self.open = True
+
+
+class _Member:
+    """One request in the batch: one row, or a row for each of its texts."""
+
+    def __init__(self, index: int, request: InferenceRequest, prompts: list[list[int]], limit: int | None) -> None:
         self.index = index
         self.request = request
-        self.prompt = prompt
-        wanted = request.params.max_tokens
-        self.most = wanted if room is None else min(wanted, room)
-        self.sampler = Sampler(request.params)
-        self.tokens: list[int] = []
-        self.open = True
+        # A decoder's prompt takes room from the answer. What an encoder reads does not; a forced first token does.
+        taken = [1 if request.kind in REWRITING else len(prompt) for prompt in prompts]
+        rooms = [None if limit is None else limit - used for used in taken]
+        self.rows = [_Row(self, prompt, room) for prompt, room in zip(prompts, rooms, strict=True)]
+
+    def outputs(self) -> dict[str, object]:
+        """The answer, once every row is finished."""
+        first = self.rows[0]
+        if self.request.kind in REWRITING:
+            return {
+                "text": first.text,
+                "texts": [row.text for row in self.rows],
+                "token_ids": [row.tokens for row in self.rows],
+                "finish_reasons": [row.reason for row in self.rows],
+            }
+        outputs: dict[str, object] = {"text": first.text, "token_ids": first.tokens, "finish_reason": first.reason}
+        if self.request.kind is Kind.CHAT:
+            outputs["message"] = {"role": "assistant", "content": first.text}
+        return outputs
+
+    def usage(self) -> Usage:
+        """Tokens read and written."""
+        return Usage(
+            prompt_tokens=sum(len(row.prompt) for row in self.rows),
+            completion_tokens=sum(len(row.tokens) for row in self.rows),
+        )
 
 
 def generate(
@@ -61,16 +102,18 @@ def generate(
     pad: int,
     emit: Emit,
 ) -> None:
-    """Answer generate and chat requests together; see :meth:`workers.engines.base.LoadedModel.infer`."""
-    rows = []
+    """Answer requests whose answers are written together; see :meth:`workers.engines.base.LoadedModel.infer`.
+
+    Each row has a sampler of its own: a text is answered as if it were the only one of its request.
+    """
+    rows: list[_Row] = []
     for index, request in enumerate(requests):
         try:
-            prompt = codec.encode(request)
+            prompts = codec.prompts(request)
         except FleetError as error:
             emit(index, error)
             continue
-        room = None if codec.max_context is None else codec.max_context - len(prompt)
-        rows.append(_Row(index, request, prompt, room))
+        rows.extend(_Member(index, request, prompts, codec.max_context).rows)
     if rows:
         _Loop(rows, codec, decoding, eos, pad, emit).run()
 
@@ -107,7 +150,8 @@ class _Loop:
 
     def run(self) -> None:
         started = time.perf_counter()
-        logits = self._decoding.prefill(*pad_left([row.prompt for row in self._rows], self._pad))
+        padded = pad_left if self._decoding.padding == "left" else pad_right
+        logits = self._decoding.prefill(*padded([row.prompt for row in self._rows], self._pad))
         self._decode_from = time.perf_counter()
         self._prefill_ms = (self._decode_from - started) * 1000
         while True:
@@ -125,10 +169,11 @@ class _Loop:
             logits = self._decoding.step(np.array(chosen, dtype=np.int64))
 
     def _take(self, row: _Row, token: int, sound: bool) -> None:
-        params = row.request.params
+        params = row.member.request.params
         if not sound:
-            row.open = False
-            self._emit(row.index, EngineError("the model's scores are not finite"))
+            for one in row.member.rows:
+                one.open = False
+            self._emit(row.member.index, EngineError("the model's scores are not finite"))
             return
         if token in self._eos and not params.ignore_eos:
             self._finish(row, "stop", None)
@@ -142,15 +187,16 @@ class _Loop:
 
     def _finish(self, row: _Row, reason: str, text: str | None) -> None:
         row.open = False
-        text = self._codec.decode(row.tokens) if text is None else text
-        outputs: dict[str, object] = {"text": text, "token_ids": row.tokens, "finish_reason": reason}
-        if row.request.kind is Kind.CHAT:
-            outputs["message"] = {"role": "assistant", "content": text}
+        row.reason = reason
+        row.text = self._codec.decode(row.tokens) if text is None else text
+        member = row.member
+        if any(one.open for one in member.rows):
+            return
         self._emit(
-            row.index,
+            member.index,
             EngineOutput(
-                outputs,
-                Usage(prompt_tokens=len(row.prompt), completion_tokens=len(row.tokens)),
+                member.outputs(),
+                member.usage(),
                 prefill_ms=self._prefill_ms,
                 decode_ms=(time.perf_counter() - self._decode_from) * 1000,
             ),

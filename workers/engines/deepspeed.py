@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.5
 
-SERVED = frozenset({Kind.GENERATE, Kind.CHAT, Kind.EMBED})
+CUT = frozenset({Kind.GENERATE, Kind.CHAT, Kind.EMBED})
+"""What a model that is cut over several processes answers; one in one piece answers everything."""
 
 
 class DeepSpeedModel(LoadedModel):
@@ -166,10 +167,10 @@ def model_config(spec: ModelSpec) -> dict[str, Any]:
 def check(spec: ModelSpec, configured: DeepSpeedSettings, config: Mapping[str, Any]) -> None:
     """Raise :class:`EngineLoadError` or :class:`ConfigurationError` where the model cannot be held as configured."""
     tensor, pipeline = configured.tensor_parallel, configured.pipeline_parallel
-    if not SERVED & set(spec.kinds):
+    if tensor * pipeline > 1 and not set(spec.kinds) <= CUT:
         raise EngineLoadError(
-            f"model {spec.name!r} is declared for {', '.join(spec.kinds)}; this engine serves "
-            f"{', '.join(sorted(SERVED))}"
+            f"model {spec.name!r} is declared for {', '.join(spec.kinds)}; over several processes this engine serves "
+            f"{', '.join(sorted(CUT))}"
         )
     if configured.zero_offload != "none" and tensor * pipeline > 1:
         raise ConfigurationError(

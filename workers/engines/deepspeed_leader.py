@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 import numpy as np
 
@@ -21,9 +21,11 @@ from workers.engines.deepspeed_group import PEER_LOST
 from workers.engines.deepspeed_shard import ANSWERED, Shard
 from workers.engines.deepspeed_stage import Place, answering
 from workers.engines.deepspeed_wire import Arrays, Channel, error_to_json, output_to_json
-from workers.engines.embedding import Vectors, embed
-from workers.engines.pytorch import GENERATING
+from workers.engines.embedding import embed
+from workers.engines.lengths import Floats, Padded
+from workers.engines.roles import WRITING, Role
 from workers.engines.sampling import Logits, Scores, Tokens
+from workers.engines.scoring import score
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +136,12 @@ class _RankDecoding(Decoding):
         return found
 
 
+class _RankRewriting(_RankDecoding):
+    """The same for a sequence-to-sequence model, whose encoder reads from the left."""
+
+    padding: ClassVar[Literal["left", "right"]] = "right"
+
+
 class Leader:
     """Takes batches from the worker and answers them."""
 
@@ -175,8 +183,10 @@ class Leader:
         if kind not in self.kinds:
             for index in range(len(requests)):
                 self._emit(index, UnsupportedKind(f"model {model.spec.name!r} does not serve {kind} requests"))
-        elif kind in GENERATING:
+        elif kind in WRITING:
             self._generate(requests)
+        elif model.labels is not None:
+            score(requests, model.codec, model.labels, model.pad, self._classify, self._emit)
         else:
             embed(requests, model.codec, model.spec, model.pad, self._encode, self._emit)
 
@@ -192,7 +202,7 @@ class Leader:
             def emit(index: int, outcome: EngineOutput | FleetError) -> None:
                 self._emit(mine[index], outcome)
 
-            decoding = _RankDecoding(self._ranks, slot, self._progress)
+            decoding = self._decoding(slot)
             model = self._model
             try:
                 generate([requests[place] for place in mine], model.codec, decoding, model.eos, model.pad, emit)
@@ -210,18 +220,31 @@ class Leader:
         if errors:
             raise errors[0]
 
-    def _encode(self, ids: Tokens, mask: Tokens) -> Vectors:
-        vectors: Vectors = self._ranks.call("encode", {"ids": ids, "mask": mask})
+    def _encode(self, texts: Padded) -> Floats:
+        return self._read("encode", texts)
+
+    def _classify(self, texts: Padded) -> Floats:
+        return self._read("classify", texts)
+
+    def _read(self, op: str, texts: Padded) -> Floats:
+        found: Floats = self._ranks.call(op, {"ids": texts.ids, "mask": texts.mask, "types": texts.types})
         self._progress()
-        return vectors
+        return found
 
     def _warmup(self) -> None:
         ids = np.full((1, 2), self._model.pad, dtype=np.int64)
-        if self.kinds & GENERATING:
-            _RankDecoding(self._ranks, 0, self._progress).prefill(ids, np.ones_like(ids))
+        texts = Padded(ids, np.ones_like(ids), np.zeros_like(ids))
+        if self._model.role in (Role.DECODER, Role.SEQ2SEQ):
+            self._decoding(0).prefill(texts.ids, texts.mask)
             self._ranks.call("drop", {})
+        elif self._model.role is Role.CLASSIFIER:
+            self._classify(texts)
         else:
-            self._encode(ids, np.ones_like(ids))
+            self._encode(texts)
+
+    def _decoding(self, slot: int) -> _RankDecoding:
+        kind = _RankRewriting if self._model.role is Role.SEQ2SEQ else _RankDecoding
+        return kind(self._ranks, slot, self._progress)
 
     def _emit(self, index: int, outcome: EngineOutput | FleetError) -> None:
         if isinstance(outcome, FleetError):

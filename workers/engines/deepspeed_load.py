@@ -26,17 +26,12 @@ from shared.errors import EngineLoadError
 from shared.settings import DeepSpeedSettings, ModelSpec
 from workers.engines.deepspeed_stage import Place, StageModel, cut
 from workers.engines.deepspeed_wire import Channel
-from workers.engines.pytorch import (
-    GENERATING,
-    TorchDecoding,
-    TorchModel,
-    context_of,
-    load_weights,
-    memory_errors,
-    torch_dtype,
-)
+from workers.engines.lengths import Padded
+from workers.engines.pytorch import TorchModel, memory_errors, torch_dtype
+from workers.engines.roles import GENERATING
 from workers.engines.sampling import Scores
-from workers.engines.text import TextCodec, first_line
+from workers.engines.text import TextCodec, first_line, task_prefixes
+from workers.engines.weights import context_of, load_weights
 
 LOOPBACK = "127.0.0.1"
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
@@ -166,7 +161,7 @@ class Loader:
         return engine.module.eval()
 
     def _codec(self, model: Any) -> TextCodec:
-        return TextCodec(self.spec, context_of(self.spec, model.config))
+        return TextCodec(self.spec, context_of(self.spec, model.config, model), task_prefixes(model.config))
 
     def _wrap(self, module: Any) -> TorchModel:
         model = StageModel(module, self.place, self.device, self.dtype) if self.place.pipeline > 1 else module
@@ -256,10 +251,10 @@ def probe(model: TorchModel) -> list[Scores]:
     with torch.inference_mode():
         if not model.kinds & GENERATING:
             mask[0, 5:] = 0
-            vectors = model.encode(ids, mask)
+            vectors = model.encode(Padded(ids, mask, np.zeros_like(ids)))
             return [vectors[0, :5], vectors[1]]
         mask[0, :4] = 0
-        decoding = TorchDecoding(model.model, model.device)
+        decoding = model.decoding()
         found = [decoding.prefill(ids, mask)]
         found.append(decoding.step(np.array([7, 8], dtype=np.int64) % vocabulary))
         scores = [logits.row(row) for logits in found for row in range(2)]

@@ -11,10 +11,11 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from workers.engines.decoding import Decoding
 from workers.engines.deepspeed_stage import Place
 from workers.engines.deepspeed_wire import Arrays, Channel
-from workers.engines.embedding import Vectors
-from workers.engines.pytorch import TorchDecoding, TorchModel, memory_errors
+from workers.engines.lengths import Floats, Padded
+from workers.engines.pytorch import TorchModel, memory_errors
 from workers.engines.sampling import Logits
 
 ANSWERED = frozenset({"prefill", "step"})
@@ -27,16 +28,16 @@ class Shard:
     def __init__(self, model: TorchModel, place: Place) -> None:
         self.model = model
         self.place = place
-        self._batches: dict[int, TorchDecoding] = {}
+        self._batches: dict[int, Decoding] = {}
         self._scores: dict[int, Logits] = {}
 
-    def run(self, message: Mapping[str, Any], arrays: Arrays) -> Logits | Vectors | None:
+    def run(self, message: Mapping[str, Any], arrays: Arrays) -> Logits | Floats | None:
         """Carry out one operation. Every rank has to, for it may hold collective ones.
 
         - ``prefill`` (``ids``, ``mask`` of shape (rows, longest)) begins the batch of a slot.
         - ``step`` (``tokens`` of shape (rows,)) appends a token to each row.
         - ``keep`` (``rows``) goes on with these rows only; ``drop`` forgets the batch.
-        - ``encode`` (``ids``, ``mask``) returns token vectors.
+        - ``encode`` and ``classify`` (``ids``, ``mask``, ``types``) return token vectors and scores of labels.
 
         Raises :class:`~shared.errors.EngineOutOfMemory` and :class:`~shared.errors.EngineError`.
         """
@@ -44,7 +45,7 @@ class Shard:
         with torch.inference_mode(), memory_errors():
             match message["op"]:
                 case "prefill":
-                    self._batches[slot] = TorchDecoding(self.model.model, self.model.device)
+                    self._batches[slot] = self.model.decoding()
                     self._scores[slot] = self._batches[slot].prefill(arrays["ids"], arrays["mask"])
                     return self._scores[slot]
                 case "step":
@@ -56,7 +57,9 @@ class Shard:
                     self._batches.pop(slot, None)
                     self._scores.pop(slot, None)
                 case "encode":
-                    return self.model.encode(arrays["ids"], arrays["mask"])
+                    return self.model.encode(Padded(**arrays))
+                case "classify":
+                    return self.model.classify(Padded(**arrays))
                 case other:
                     raise ValueError(f"no such operation: {other!r}")
         return None

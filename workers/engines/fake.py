@@ -17,6 +17,7 @@ from shared.settings import FakeSettings, ModelSpec, Settings
 from workers.engines.base import Availability, Emit, Engine, EngineOutput, LoadedModel
 
 DIMENSIONS = 8
+LABELS = ("even", "odd")
 
 
 class FakeModel(LoadedModel):
@@ -54,9 +55,8 @@ class FakeModel(LoadedModel):
 def answer(request: InferenceRequest) -> EngineOutput | BadRequest | EngineError:
     """The fake answer to a request: its last characters first, as many as ``max_tokens`` allows."""
     inputs = request.inputs
-    if request.kind is Kind.EMBED:
-        vectors = [_vector(text) for text in inputs.texts or ()]
-        return EngineOutput({"embeddings": vectors, "dimensions": DIMENSIONS}, Usage(prompt_tokens=inputs.characters()))
+    if inputs.texts is not None and request.kind not in (Kind.GENERATE, Kind.CHAT):
+        return _of_texts(request, inputs.texts)
     text = inputs.prompt if inputs.prompt is not None else (inputs.messages or ())[-1].content
     if text.startswith("!bad"):
         return BadRequest("the fake engine was told to refuse this request")
@@ -67,6 +67,35 @@ def answer(request: InferenceRequest) -> EngineOutput | BadRequest | EngineError
     if request.kind is Kind.CHAT:
         outputs["message"] = {"role": "assistant", "content": written}
     return EngineOutput(outputs, Usage(prompt_tokens=len(text), completion_tokens=len(written)))
+
+
+def _of_texts(request: InferenceRequest, texts: Sequence[str]) -> EngineOutput:
+    """Vectors and scores that are digests of the texts; texts rewritten like a prompt, from their last character on."""
+    read = request.inputs.characters()
+    outputs: dict[str, object]
+    if request.kind in (Kind.SUMMARIZE, Kind.TRANSLATE):
+        written = [text[::-1][: request.params.max_tokens] for text in texts]
+        outputs = {
+            "text": written[0],
+            "texts": written,
+            "token_ids": [[] for _ in texts],
+            "finish_reasons": ["stop" for _ in texts],
+        }
+        return EngineOutput(outputs, Usage(prompt_tokens=read, completion_tokens=sum(map(len, written))))
+    if request.kind is Kind.CLASSIFY:
+        shares = [_vector(text)[0] for text in texts]
+        outputs = {
+            "labels": [LABELS[share < 0.5] for share in shares],
+            "scores": [[share, 1 - share] for share in shares],
+            "label_names": list(LABELS),
+        }
+    elif request.kind is Kind.RERANK:
+        scores = [_vector(f"{request.inputs.query}\n{text}")[0] for text in texts]
+        order = sorted(range(len(texts)), key=lambda index: -scores[index])
+        outputs = {"scores": scores, "order": order}
+    else:
+        outputs = {"embeddings": [_vector(text) for text in texts], "dimensions": DIMENSIONS}
+    return EngineOutput(outputs, Usage(prompt_tokens=read))
 
 
 def _vector(text: str) -> list[float]:

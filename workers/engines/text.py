@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from shared.contract import InferenceRequest, Kind
 from shared.errors import BadRequest, ContextTooLong, EngineLoadError
 from shared.settings import ModelSpec
+from workers.engines.lengths import Piece
+from workers.engines.roles import REWRITING
 
 STOP_MARGIN = 8
 """Tokens beyond a stop string's length that are decoded when looking for it: characters may span tokens."""
 
 
 class TextCodec:
-    """The tokenizer of one model."""
+    """The tokenizer of one model. ``prefixes``, by kind, go in front of texts where the declaration has no prefix."""
 
-    def __init__(self, spec: ModelSpec, max_context: int | None) -> None:
+    def __init__(self, spec: ModelSpec, max_context: int | None, prefixes: Mapping[Kind, str] | None = None) -> None:
         from transformers import AutoTokenizer
 
         self._spec = spec
+        self._prefixes = prefixes or {}
         self.max_context = max_context
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
         except (OSError, ValueError) as error:
             raise EngineLoadError(f"no tokenizer for {spec.name!r} at {spec.path!r}: {first_line(error)}") from error
 
-    def encode(self, request: InferenceRequest) -> list[int]:
-        """The prompt of a generate or chat request as token ids.
+    def prompts(self, request: InferenceRequest) -> list[list[int]]:
+        """What a request gives the model to go on from, as token ids: one prompt, or each text to be rewritten.
 
-        Raises :class:`ContextTooLong` where it leaves no room for a single token, :class:`BadRequest` where it has no
-        tokens or the model has no chat template.
+        Raises :class:`ContextTooLong` where one does not fit (or, for a prompt, leaves no room for a single token) and
+        :class:`BadRequest` where it has no tokens or the model has no chat template.
         """
+        if request.kind in REWRITING:
+            return [list(piece.ids) for piece in self.encode_texts(request)]
         if request.kind is Kind.CHAT:
             ids = self._encode_chat(request)
         else:
@@ -39,7 +45,7 @@ class TextCodec:
         if not ids:
             raise BadRequest("the prompt has no tokens")
         self.check(len(ids), room=1)
-        return ids
+        return [ids]
 
     def _encode_chat(self, request: InferenceRequest) -> list[int]:
         if not getattr(self.tokenizer, "chat_template", None):
@@ -51,14 +57,30 @@ class TextCodec:
             raise BadRequest(f"the model's chat template refuses these messages: {first_line(error)}") from error
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def encode_texts(self, request: InferenceRequest) -> list[list[int]]:
-        """The texts of an embed request as token ids, each whole: none is cut."""
-        rows = [list(ids) for ids in self.tokenizer(list(request.inputs.texts or ()), truncation=False)["input_ids"]]
-        for ids in rows:
-            if not ids:
+    def encode_texts(self, request: InferenceRequest) -> list[Piece]:
+        """The texts of a request as tokens, the model's prefix before each. None is cut: see :meth:`check`."""
+        prefix = self._spec.prefix if self._spec.prefix is not None else self._prefixes.get(request.kind, "")
+        return self._pieces([prefix + text for text in request.inputs.texts or ()])
+
+    def encode_pairs(self, request: InferenceRequest) -> list[Piece]:
+        """Each text of a rerank request behind the query, as tokens. None is cut: see :meth:`check`."""
+        texts = list(request.inputs.texts or ())
+        return self._pieces([request.inputs.query or ""] * len(texts), texts)
+
+    def _pieces(self, *texts: list[str]) -> list[Piece]:
+        pieces = self.tokenized(*texts)
+        for piece in pieces:
+            if not piece.ids:
                 raise BadRequest("a text has no tokens")
-            self.check(len(ids), room=0)
-        return rows
+            self.check(len(piece.ids), room=0)
+        return pieces
+
+    def tokenized(self, *texts: list[str]) -> list[Piece]:
+        """Texts, or pairs of them, as tokens, of whatever length."""
+        found = self.tokenizer(*texts, truncation=False)
+        # A tokenizer gives types where its model was trained with them; others see every text as a first one.
+        types = found.get("token_type_ids") or [[0] * len(ids) for ids in found["input_ids"]]
+        return [Piece(ids, of) for ids, of in zip(found["input_ids"], types, strict=True)]
 
     def check(self, length: int, room: int) -> None:
         """Raise :class:`ContextTooLong` where ``length`` tokens and ``room`` more do not fit the model."""
@@ -82,6 +104,17 @@ class TextCodec:
         text = self.decode(tokens)
         cuts = [cut for cut in (text.find(stop) for stop in stops) if cut >= 0]
         return text[: min(cuts)] if cuts else None
+
+
+def task_prefixes(config: Any) -> dict[Kind, str]:
+    """What a transformers configuration puts in front of texts (T5's "summarize: "), where it leaves no choice."""
+    tasks: Mapping[str, Any] = getattr(config, "task_specific_params", None) or {}
+    found = {}
+    for kind, task in ((Kind.SUMMARIZE, "summarization"), (Kind.TRANSLATE, "translation")):
+        named = {params.get("prefix", "") for name, params in tasks.items() if name.split("_")[0] == task}
+        if len(named) == 1:  # several pairs of languages: the declaration must say which
+            found[kind] = str(named.pop())
+    return found
 
 
 def first_line(error: BaseException) -> str:

@@ -34,8 +34,9 @@ from shared.errors import (
 from shared.settings import ModelSpec, Settings
 from workers.engines.base import Availability, ContinuousModel, Done, Engine, EngineOutput
 from workers.engines.guard import Guard, descendants
+from workers.engines.roles import GENERATING
 from workers.engines.text import TextCodec, first_line, require_path
-from workers.engines.vllm_options import GENERATING, POOLING, engine_arguments, on_cuda, prepare_environment
+from workers.engines.vllm_options import POOLING, engine_arguments, on_cuda, prepare_environment
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ class VLLMModel(ContinuousModel):
                 return
 
     def _generate(self, request: InferenceRequest) -> Coroutine[Any, Any, EngineOutput]:
-        prompt = self.codec.encode(request)
+        prompt = self.codec.prompts(request)[0]
         return self._generated(request, prompt, self._sampling(request, len(prompt)))
 
     async def _generated(self, request: InferenceRequest, prompt: list[int], sampling: Any) -> EngineOutput:
@@ -222,7 +223,7 @@ class VLLMModel(ContinuousModel):
         )
 
     def _embed(self, request: InferenceRequest) -> Coroutine[Any, Any, EngineOutput]:
-        return self._embedded(request, self.codec.encode_texts(request))
+        return self._embedded(request, [list(piece.ids) for piece in self.codec.encode_texts(request)])
 
     async def _embedded(self, request: InferenceRequest, texts: Sequence[list[int]]) -> EngineOutput:
         started = time.perf_counter()

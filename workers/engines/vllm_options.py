@@ -10,8 +10,8 @@ from typing import Any
 from shared.contract import EngineName, Kind
 from shared.errors import EngineLoadError
 from shared.settings import ModelSpec, VLLMSettings
+from workers.engines.roles import GENERATING
 
-GENERATING = frozenset({Kind.GENERATE, Kind.CHAT})
 POOLING = frozenset({Kind.EMBED})
 
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
