@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from demo.setup import embedder_path
 from demo.work import QUERIES, SENTENCES
 from shared.contract import InferenceRequest
-from shared.errors import BadRequest, ContextTooLong, EngineLoadError, FleetError, UnsupportedKind
+from shared.errors import BadRequest, Cancelled, ContextTooLong, EngineLoadError, FleetError, UnsupportedKind
 from shared.settings import ModelSpec, Settings
 from tests.tiny_models import CONTEXT, greedy_reference, make_bert, make_gpt2, make_llama, make_qwen, mean_vectors
 from workers.engines import engine_class
@@ -122,6 +123,47 @@ def test_greedy_tokens_equal_transformers(load, paths, reference, engine: str, n
     found = run(model, [generate(prompt) for prompt in prompts()], size)
 
     assert [outcome.outputs["token_ids"] for outcome in found] == reference[name]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_log_probabilities_equal_transformers(load, paths, engine: str) -> None:
+    """The log probability of each token, and of the likeliest in its place, are those of a forward pass."""
+    (found,) = run(load(engine, "llama", paths["llama"]), [generate("hello", logprobs=3, ignore_eos=True)], 1)
+    tokenizer = AutoTokenizer.from_pretrained(paths["llama"])
+    prompt = tokenizer("hello")["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(paths["llama"], dtype=torch.float32).eval()
+    with torch.inference_mode():
+        scores = model(torch.tensor([[*prompt, *found.outputs["token_ids"]]])).logits[0, len(prompt) - 1 : -1]
+    wanted = torch.log_softmax(scores.double(), dim=-1)
+
+    assert len(found.outputs["logprobs"]) == MAX_TOKENS
+    for place, entry in enumerate(found.outputs["logprobs"]):
+        assert entry["token_id"] == found.outputs["token_ids"][place]
+        assert entry["logprob"] == pytest.approx(float(wanted[place, entry["token_id"]]), abs=1e-3)
+        best = wanted[place].topk(3)
+        assert [other["token_id"] for other in entry["top"]] == best.indices.tolist()
+        assert [other["logprob"] for other in entry["top"]] == pytest.approx(best.values.tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("engine", ["pytorch", "onnx"])
+def test_a_running_request_can_be_taken_out(load, paths, engine: str) -> None:
+    """Abort ends a request at its next token as cancelled; the others of its batch go on."""
+    model = load(engine, "llama", paths["llama"])
+    short, long, aborted = (
+        generate("hello", max_tokens=count, ignore_eos=True).model_copy(update={"id": name})
+        for name, count in (("short", 2), ("long", 30), ("aborted", 200))
+    )
+    outcomes: dict[int, EngineOutput | FleetError] = {}
+
+    def emit(index: int, outcome: EngineOutput | FleetError) -> None:
+        outcomes[index] = outcome
+        model.abort("aborted")
+
+    model.infer([short, long, aborted], emit)
+
+    assert list(outcomes) == [0, 2, 1]
+    assert isinstance(outcomes[2], Cancelled)
+    assert isinstance(outcomes[1], EngineOutput)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shared.contract import InferenceRequest, Kind, Usage
-from shared.errors import EngineError, FleetError
+from shared.errors import Cancelled, EngineError, FleetError
 from workers.engines.base import Emit, EngineOutput
 from workers.engines.lengths import pad_right
 from workers.engines.roles import REWRITING
-from workers.engines.sampling import Logits, Sampler, Tokens, choose
+from workers.engines.sampling import Logits, Sampler, Tokens, choose, log_probabilities
 from workers.engines.text import TextCodec
 
 KEEP_SHARE = 0.75
@@ -55,6 +55,7 @@ class _Row:
         self.most = params.max_tokens if room is None else min(params.max_tokens, room)
         self.sampler = Sampler(params)
         self.tokens: list[int] = []
+        self.logprobs: list[dict[str, object]] = []
         self.text = ""
         self.reason = ""
         self.open = True
@@ -82,6 +83,8 @@ class _Member:
                 "finish_reasons": [row.reason for row in self.rows],
             }
         outputs: dict[str, object] = {"text": first.text, "token_ids": first.tokens, "finish_reason": first.reason}
+        if self.request.params.logprobs is not None:
+            outputs["logprobs"] = first.logprobs
         if self.request.kind is Kind.CHAT:
             outputs["message"] = {"role": "assistant", "content": first.text}
         return outputs
@@ -101,10 +104,12 @@ def generate(
     eos: frozenset[int],
     pad: int,
     emit: Emit,
+    unwanted: Container[str] = (),
 ) -> None:
     """Answer requests whose answers are written together; see :meth:`workers.engines.base.LoadedModel.infer`.
 
-    Each row has a sampler of its own: a text is answered as if it were the only one of its request.
+    Requests whose ids come to be in ``unwanted`` meanwhile end as cancelled at the next token. Each row has a sampler
+    of its own: a text is answered as if it were the only one of its request.
     """
     rows: list[_Row] = []
     for index, request in enumerate(requests):
@@ -115,7 +120,7 @@ def generate(
             continue
         rows.extend(_Member(index, request, prompts, codec.max_context).rows)
     if rows:
-        _Loop(rows, codec, decoding, eos, pad, emit).run()
+        _Loop(rows, codec, decoding, eos, pad, emit, unwanted).run()
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tokens, Tokens]:
@@ -137,14 +142,16 @@ def positions(mask: Tokens) -> NDArray[np.int64]:
 
 class _Loop:
     def __init__(
-        self, rows: list[_Row], codec: TextCodec, decoding: Decoding, eos: frozenset[int], pad: int, emit: Emit
-    ) -> None:
+        self, rows: list[_Row], codec: TextCodec, decoding: Decoding, eos: frozenset[int], pad: int, emit: Emit,
+        unwanted: Container[str],
+    ) -> None:  # fmt: skip
         self._rows = rows
         self._codec = codec
         self._decoding = decoding
         self._eos = eos
         self._pad = pad
         self._emit = emit
+        self._unwanted = unwanted
         self._prefill_ms = 0.0
         self._decode_from = 0.0
 
@@ -156,9 +163,9 @@ class _Loop:
         self._prefill_ms = (self._decode_from - started) * 1000
         while True:
             chosen, sound = choose(logits, [row.sampler for row in self._rows])
-            for row, token, is_sound in zip(self._rows, chosen, sound, strict=True):
+            for place, (row, token, is_sound) in enumerate(zip(self._rows, chosen, sound, strict=True)):
                 if row.open:
-                    self._take(row, token, is_sound)
+                    self._take(row, token, is_sound, logits, place)
             still_open = [place for place, row in enumerate(self._rows) if row.open]
             if not still_open:
                 return
@@ -168,17 +175,20 @@ class _Loop:
                 self._rows = [self._rows[place] for place in still_open]
             logits = self._decoding.step(np.array(chosen, dtype=np.int64))
 
-    def _take(self, row: _Row, token: int, sound: bool) -> None:
-        params = row.member.request.params
-        if not sound:
+    def _take(self, row: _Row, token: int, sound: bool, logits: Logits, place: int) -> None:
+        request = row.member.request
+        params = request.params
+        if not sound or request.id in self._unwanted:
             for one in row.member.rows:
                 one.open = False
-            self._emit(row.member.index, EngineError("the model's scores are not finite"))
+            self._emit(row.member.index, Cancelled() if sound else EngineError("the model's scores are not finite"))
             return
         if token in self._eos and not params.ignore_eos:
             self._finish(row, "stop", None)
             return
         row.tokens.append(token)
+        if params.logprobs is not None:
+            row.logprobs.append(log_probabilities(logits.row(place), token, params.logprobs))
         text = self._codec.stopped(row.tokens, params.stop)
         if text is not None:
             self._finish(row, "stop", text)

@@ -12,11 +12,11 @@ import threading
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import ValidationError
 
-from shared.contract import EngineName, InferenceRequest, Kind, explain
+from shared.contract import EngineName, Feature, InferenceRequest, Kind, explain
 from shared.errors import ConfigurationError, EngineDied, EngineLoadError, EngineOutOfMemory
 from shared.settings import DeepSpeedSettings, ModelSpec, Settings
 from workers.engines.base import Availability, Emit, Engine, LoadedModel
@@ -102,6 +102,7 @@ class DeepSpeedEngine(Engine):
     """Starts rank groups. The settings of ``optimization.deepspeed`` may be overridden in a model's options."""
 
     name = EngineName.DEEPSPEED
+    features: ClassVar[frozenset[Feature]] = frozenset({Feature.LOGPROBS})
 
     @classmethod
     def availability(cls, settings: Settings) -> Availability:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import ClassVar
 
-from shared.contract import EngineName
+from shared.contract import EngineName, Feature
 from shared.settings import ModelSpec, Settings
 from workers.engines.base import Availability, Engine
 from workers.engines.onnx_export import converted
@@ -17,6 +18,7 @@ class OnnxEngine(Engine):
     """Loads converted models, converting them where that was not done before."""
 
     name = EngineName.ONNX
+    features: ClassVar[frozenset[Feature]] = frozenset({Feature.LOGPROBS})
 
     @classmethod
     def availability(cls, settings: Settings) -> Availability:

@@ -32,6 +32,7 @@ class OnnxModel(TransformerModel):
         self.conversion = conversion
         self.precision = "int8" if conversion.quantised else "float32"
         self.notes = (conversion.told,) if conversion.quantised else ()
+        self.unwanted = set()
         self.codec = TextCodec(spec, conversion.max_context, dict(conversion.prefixes))
         self.max_context = conversion.max_context
         self.memory_bytes = sum(file.stat().st_size for file in folder.iterdir())

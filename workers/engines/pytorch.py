@@ -6,11 +6,11 @@ import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from shared.contract import EngineName
+from shared.contract import EngineName, Feature
 from shared.errors import EngineError, EngineOutOfMemory
 from shared.settings import ModelSpec, Settings
 from workers.engines.base import Availability, Engine
@@ -43,6 +43,7 @@ class TorchModel(TransformerModel):
         self.role = role_of(spec)
         self.kinds = frozenset(spec.kinds)
         self.model = model
+        self.unwanted = set()
         self.codec = codec
         self.device = device
         self.max_context = codec.max_context
@@ -94,6 +95,7 @@ class PyTorchEngine(Engine):
     """Loads transformers models."""
 
     name = EngineName.PYTORCH
+    features: ClassVar[frozenset[Feature]] = frozenset({Feature.LOGPROBS})
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)

@@ -85,3 +85,16 @@ def choose(logits: Logits, samplers: Sequence[Sampler]) -> tuple[list[int], list
         if not sampler.greedy and sound[index]:
             chosen[index] = sampler.draw(logits.row(index))
     return chosen, sound
+
+
+def log_probabilities(scores: Scores, token: int, most: int) -> dict[str, object]:
+    """The log probability of ``token`` by these scores, and of the ``most`` likeliest tokens, best first."""
+    wide = scores.astype(np.float64)
+    logs = wide - wide.max()
+    logs -= np.log(np.exp(logs).sum())
+    best = np.argsort(-logs, kind="stable")[:most].tolist()
+    return {
+        "token_id": int(token),
+        "logprob": float(logs[token]),
+        "top": [{"token_id": other, "logprob": float(logs[other])} for other in best],
+    }

@@ -28,6 +28,8 @@ class TransformerModel(LoadedModel):
     """A sequence classifier's; ``None`` for the others."""
     eos: frozenset[int]
     pad: int
+    unwanted: set[str]
+    """Ids of running requests whose answers are no longer wanted."""
 
     @abstractmethod
     def decoding(self) -> Decoding:
@@ -48,16 +50,21 @@ class TransformerModel(LoadedModel):
     def infer(self, requests: Sequence[InferenceRequest], emit: Emit) -> None:
         """Run a batch of one kind."""
         kind = requests[0].kind
+        self.unwanted = set()
         with self.running():
             if kind not in self.kinds:
                 for index in range(len(requests)):
                     emit(index, UnsupportedKind(f"model {self.spec.name!r} does not serve {kind} requests"))
             elif kind in WRITING:
-                generate(requests, self.codec, self.decoding(), self.eos, self.pad, emit)
+                generate(requests, self.codec, self.decoding(), self.eos, self.pad, emit, self.unwanted)
             elif self.labels is not None:
                 score(requests, self.codec, self.labels, self.pad, self.classify, emit)
             else:
                 embed(requests, self.codec, self.spec, self.pad, self.encode, emit)
+
+    def abort(self, request_id: str) -> None:
+        """End a request of the running batch at the next token."""
+        self.unwanted.add(request_id)
 
     def warmup(self) -> None:
         """Run two tokens once: kernels and lazy modules are then in place."""
