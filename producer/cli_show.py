@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import orjson
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from producer.batch import Summary
+from producer.dead import DeadLetter
 from producer.findings import Finding, Grade
 from shared.contract import InferenceResult
 from shared.registry import WorkerInfo
@@ -83,6 +85,21 @@ def status_tables(workers: list[WorkerInfo], lengths: Mapping[str, int]) -> list
     parts.append(queues)
     parts.append(Text(f"in workers' hands: {lengths.get('leased', 0)}   dead letters: {lengths.get('dead', 0)}"))
     return parts
+
+
+def dead_tables(letters: Sequence[DeadLetter], limit: int) -> list[Table | Text]:
+    """Dead letters by reason, then the newest ``limit`` of them."""
+    if not letters:
+        return [Text("no dead letters")]
+    reasons = _table("count", "reason")
+    for reason, count in Counter(letter.reason for letter in letters).most_common():
+        reasons.add_row(Text(str(count)), Text(reason))
+    table = _table("letter", "request", "when", "queue", "reason")
+    for letter in letters[:limit]:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(letter.time))
+        table.add_row(*map(Text, (letter.id, letter.request_id or "-", when, letter.queue, letter.reason)))
+    more = len(letters) - limit
+    return [reasons, Text(""), table, *([Text(f"and {more} more: --limit")] if more > 0 else [])]
 
 
 def _models(served: Mapping[str, Any], failed: Mapping[str, str]) -> Text:

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 
 import orjson
 
+from producer.dead import DeadLetters
 from producer.handle import Handle
 from producer.records import Outcome, RequestStatus, read, status_of
 from producer.replies import ReplyReader
@@ -250,6 +251,10 @@ class Client:
         self._workers_at = time.monotonic()
         self._choices.clear()
         return self._workers
+
+    def dead_letters(self) -> DeadLetters:
+        """The messages that were given up."""
+        return DeadLetters(self._redis, self._fleet)
 
     def queue_lengths(self) -> dict[str, int]:
         """Messages that wait, by queue; under ``dead`` the dead letters, under ``leased`` those in workers' hands."""
