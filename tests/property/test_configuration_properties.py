@@ -24,6 +24,8 @@ RELATED = {
     "optimization.batcher.max_batch_size",
     "optimization.batcher.length_buckets",
     "optimization.engine_preference",
+    "optimization.pytorch.compile_load_high",
+    "optimization.pytorch.compile_load_low",
     "monitoring.anomaly.alert_destinations",
     "monitoring.server.preload_models",
     "models.catalog",
