@@ -57,6 +57,7 @@ class Client:
         self._fleet = settings.fleet
         self._redis = connect(self._fleet)
         self._registry = WorkerRegistry(self._redis, self._fleet.silent_after_seconds)
+        self._once = self._redis.register_script(lua("shared", "submit_once"))
         self._cancel = self._redis.register_script(lua("shared", "cancel"))
         self._replies = ReplyReader(self._fleet, self.id)
         self._workers: list[WorkerInfo] = []
@@ -94,24 +95,36 @@ class Client:
         return self.submit_many([request], timeout=timeout)[0]
 
     def submit_many(self, requests: Sequence[RequestLike], *, timeout: float | None = None) -> list[Handle]:
-        """Submit several in one round trip; all of them are checked before any is sent."""
+        """Submit several at once; all of them are checked before any is sent.
+
+        An id that the caller chose is submitted once: again, it gives a handle of the same request, which is not run
+        again.
+        """
         now = time.time()
         deadline = None if timeout is None else now + timeout
         prepared = [_prepare(request, deadline) for request in requests]
         pushes: dict[str, list[bytes]] = {}
+        chosen: list[tuple[str, str, bytes]] = []
         for request in prepared:
             queue = keys.queue_of(self._choose(request))
             message = wire.encode_request(
                 request, queue, sent=now, reply=self._replies.stream, max_bytes=self._fleet.max_payload_bytes
             )
-            pushes.setdefault(keys.list_of(queue, request.priority.wire), []).append(message)
+            name = keys.list_of(queue, request.priority.wire)
+            if "id" in request.model_fields_set:
+                chosen.append((request.id, name, message))
+            else:
+                pushes.setdefault(name, []).append(message)
         ids = [request.id for request in prepared]
         futures = self._replies.expect(ids)
         try:
             self._push(pushes)
+            known = self._push_once(chosen)
         except FleetError:
             self._replies.forget(ids)
             raise
+        for request_id in known:
+            self.recover(request_id)
         return [
             Handle(request.id, future, self, request.deadline)
             for request, future in zip(prepared, futures, strict=True)
@@ -196,7 +209,22 @@ class Client:
                 raise
         return engine
 
+    def _push_once(self, chosen: Sequence[tuple[str, str, bytes]]) -> list[str]:
+        """Push what nobody has submitted before: id, list and message each. Returns the ids that were known."""
+        if not chosen:
+            return []
+        names = [
+            key for request_id, name, _ in chosen
+            for key in (keys.submitted_key(request_id), keys.result_key(request_id), name)
+        ]  # fmt: skip
+        messages = [message for _, _, message in chosen]
+        with broker_errors(self._fleet, "submit"):
+            pushed = self._once(keys=names, args=[self._fleet.result_expires_seconds, *messages])
+        return [request_id for (request_id, _, _), new in zip(chosen, pushed, strict=True) if not new]
+
     def _push(self, pushes: Mapping[str, list[bytes]]) -> None:
+        if not pushes:
+            return
         with broker_errors(self._fleet, "submit"):
             if len(pushes) == 1:
                 ((name, messages),) = pushes.items()

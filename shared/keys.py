@@ -14,6 +14,7 @@ under ``muai:``.
 ``muai:cancelled``                      zset result key -> time of cancellation, ms
 ``muai:workers:seen``                   zset worker id -> last announcement, ms
 ``muai:workers:info``                   hash worker id -> what the worker announces, JSON
+``muai:submitted:<id>``                 an id that its sender chose was submitted
 ``muai:parity:<digest>``                what PyTorch answers to the parity gate's questions, JSON
 ``muai:gpu:leases``                     zset GPU uuid -> expiry of its lease, ms since the epoch
 ``muai:gpu:holders``                    hash GPU uuid -> fence of its lease, newline, who holds it (JSON)
@@ -90,3 +91,8 @@ PARITY_SECONDS = 30 * 24 * 3600
 def parity_key(digest: str) -> str:
     """What PyTorch answers to the fixed questions, for a model with this digest."""
     return f"muai:parity:{digest}"
+
+
+def submitted_key(request_id: str) -> str:
+    """Says that a request whose sender chose its id was submitted."""
+    return f"muai:submitted:{request_id}"

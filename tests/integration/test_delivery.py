@@ -13,6 +13,7 @@ import pytest
 import redis
 from celery import Celery
 
+from producer import Client
 from shared import keys, wire
 from shared.contract import InferenceRequest
 from shared.errors import DeadLettered
@@ -283,3 +284,20 @@ def test_workers_of_one_queue_may_have_different_models(make_fleet) -> None:
 
     assert [result.text for result in results] == [f"{n}"[::-1] for n in range(100)]
     assert only_echo.poll() is None
+
+
+def test_an_id_that_was_submitted_is_not_run_again(make_fleet, redis_client) -> None:
+    """Submitted again, before or after its answer, from this client or another, an id gives that answer."""
+    fleet = make_fleet()
+    fields = {"id": "mine", "model": "echo", "inputs": {"prompt": "abc"}}
+    first = fleet.client.submit(fields, timeout=60)
+    again = fleet.client.submit(fields, timeout=60)
+    with Client(settings=fleet.settings) as other:
+        elsewhere = other.submit(fields, timeout=60)
+        assert sum(fleet.client.queue_lengths()[queue] for queue in ("fake",)) == 1
+
+        fleet.start_worker()
+
+        assert {handle.result(30).text for handle in (first, again, elsewhere)} == {"cba"}
+        assert other.submit(fields).result(1).text == "cba"
+        assert fleet.client.queue_lengths()["fake"] == 0
