@@ -47,7 +47,7 @@ class TorchModel(TransformerModel):
         self.codec = codec
         self.device = device
         self.max_context = codec.max_context
-        self.precision = str(model.dtype).removeprefix("torch.")
+        self.precision = str(next(model.parameters()).dtype).removeprefix("torch.")
         self.memory_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self.eos = eos_tokens(model, codec)
         self.pad = pad_token(model.config, codec)
