@@ -23,8 +23,9 @@ class TokenEstimator:
         """Running mean of the tokens of requests that were started; 0 before the first."""
 
     def tokens(self, request: InferenceRequest) -> int:
-        """Tokens of the prompt and of the longest completion."""
-        return self._prompt(request) + (request.params.max_tokens if request.generates else 0)
+        """Tokens of the prompt and of the longest completion, or completions: each text has one."""
+        completions = max(1, len(request.inputs.texts or ())) if request.generates else 0
+        return self._prompt(request) + completions * request.params.max_tokens
 
     def bucket(self, request: InferenceRequest) -> int:
         """Which of the length buckets the prompt falls into."""

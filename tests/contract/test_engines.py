@@ -117,12 +117,13 @@ def generate(prompt: str, **params: object) -> InferenceRequest:
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("size", [1, 8, 64])
 def test_greedy_tokens_equal_transformers(load, paths, reference, engine: str, name: str, size: int) -> None:
-    """200 prompts of mixed length, alone and in batches: the tokens transformers.generate gives each alone."""
+    """200 prompts of mixed length in batches, and some alone: the tokens transformers.generate gives each alone."""
     model = load(engine, name, paths[name])
+    asked = prompts()[: 40 if size == 1 else None]
 
-    found = run(model, [generate(prompt) for prompt in prompts()], size)
+    found = run(model, [generate(prompt) for prompt in asked], size)
 
-    assert [outcome.outputs["token_ids"] for outcome in found] == reference[name]
+    assert [outcome.outputs["token_ids"] for outcome in found] == reference[name][: len(asked)]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

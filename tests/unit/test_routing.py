@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from shared.contract import EngineName, InferenceRequest, Kind
+from shared.contract import EngineName, Hop, InferenceRequest, Kind
 from shared.errors import NoEngineAvailable, UnknownModel, UnsupportedKind
 from shared.registry import EngineInfo, ServedModel, WorkerInfo
 from shared.routing import chain, choose
+from shared.routing import tried as left_alone
 from shared.settings import Settings
 
 FLEET = (EngineName.VLLM, EngineName.DEEPSPEED, EngineName.ONNX, EngineName.PYTORCH)
@@ -88,3 +89,12 @@ def test_refusals_say_what_there_is() -> None:
         choose(request(kind="embed", inputs={"texts": ["x"]}), alive, SETTINGS)
     with pytest.raises(NoEngineAvailable, match="celery -A workers worker -Q vllm"):
         choose(request(), [], SETTINGS)
+
+
+def test_an_engine_that_was_out_of_service_may_be_tried_again() -> None:
+    """An engine that failed with a request is left alone; one that was out of service only after the second time."""
+    failed = Hop(engine="vllm", error="x", time=0.0)
+    away = Hop(engine="onnx", error="died", time=0.0, outage=True)
+
+    assert left_alone([failed, away]) == {EngineName.VLLM}
+    assert left_alone([failed, away, away]) == {EngineName.VLLM, EngineName.ONNX}
