@@ -242,6 +242,11 @@ def main() -> None:
     parser.add_argument("--no-server", action="store_true", help="leave vLLM's own server out")
     options = parser.parse_args()
     rows: list[tuple[str, tuple[float, float, float]]] = []
+
+    def add(name: str, found: tuple[float, float, float]) -> None:
+        rows.append((name, found))
+        print(f"{name}: {found[0]:.1f} and {found[1]:.1f} requests/s", file=sys.stderr, flush=True)
+
     with scratch_broker() as (folder, url):
         large = make_llama(folder / "large", **LARGE)
         small = make_llama(folder / "small", **SMALL)
@@ -249,16 +254,12 @@ def main() -> None:
             if find_spec(LIBRARIES[name]) is None:
                 print(f"{name} is not installed: make setup-engines", file=sys.stderr)
                 continue
-            rows.append(
-                (f"fleet_vs_engine_{name}", compare(name, large, folder, url, options.requests, options.rounds))
-            )
+            add(f"fleet_vs_engine_{name}", compare(name, large, folder, url, options.requests, options.rounds))
             found = compare(name, small, folder, url, options.small_requests, options.rounds)
-            rows.append((f"fleet_vs_engine_{name}_small", found))
+            add(f"fleet_vs_engine_{name}_small", found)
         if "vllm" in options.engines and find_spec("vllm") is not None and not options.no_server:
-            rows.append(("fleet_vs_vllm_serve", compare_server(large, folder, url, options.requests, options.rounds)))
-            rows.append(
-                ("vllm_vs_pytorch_unbatched", compare_unbatched(large, folder, url, options.requests, options.rounds))
-            )
+            add("fleet_vs_vllm_serve", compare_server(large, folder, url, options.requests, options.rounds))
+            add("vllm_vs_pytorch_unbatched", compare_unbatched(large, folder, url, options.requests, options.rounds))
     table = Table(title=f"{MAX_TOKENS} tokens a request, medians of {options.rounds} rounds", title_justify="left")
     for column in ("", "baseline, requests/s", "fleet, requests/s", "ratio"):
         table.add_column(column, justify="right" if column else "left")
