@@ -216,20 +216,22 @@ def compare_server(model: Path, folder: Path, url: str, number: int, rounds: int
 
 
 def compare_unbatched(model: Path, folder: Path, url: str, number: int, rounds: int) -> tuple[float, float, float]:
-    """Requests/s of PyTorch one by one and of the fleet on vLLM with CALLERS callers, and their median ratio."""
-    rates, ratios = [], []
-    with (
-        direct("pytorch-unbatched", model, folder / "unbatched.log") as alone,
-        fleet("vllm", model, folder, url) as settings,
-    ):
-        for round_ in range(rounds + 1):
-            few = prompts(max(8, number // 8), 200 + round_)
-            one_by_one = len(few) / alone(few)
-            ours = number / asyncio.run(fleet_load(settings, prompts(number, 200 + round_)))
-            if round_:
-                rates.append((one_by_one, ours))
-                ratios.append(ours / one_by_one)
-    return median([a for a, _ in rates]), median([b for _, b in rates]), median(ratios)
+    """Requests/s of PyTorch one by one and of the fleet on vLLM with CALLERS callers, and the ratio of their medians.
+
+    One after the other, PyTorch before and after: an idle engine beside it would take processor time from its threads.
+    """
+
+    def one_by_one(first: int) -> list[float]:
+        few = max(8, number // 8)
+        with direct("pytorch-unbatched", model, folder / "unbatched.log") as alone:
+            alone(prompts(few, first))
+            return [few / alone(prompts(few, first + round_)) for round_ in range(1, rounds + 1)]
+
+    theirs = one_by_one(200)
+    with fleet("vllm", model, folder, url) as settings:
+        ours = [number / asyncio.run(fleet_load(settings, prompts(number, 300 + r))) for r in range(rounds + 1)][1:]
+    theirs += one_by_one(400)
+    return median(theirs), median(ours), median(ours) / median(theirs)
 
 
 def main() -> None:
@@ -240,6 +242,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=128, help="each side and round, with the large model")
     parser.add_argument("--small-requests", type=int, default=1024, help="each side and round, with the small model")
     parser.add_argument("--no-server", action="store_true", help="leave vLLM's own server out")
+    parser.add_argument("--server-only", action="store_true", help="nothing but vLLM against its server and PyTorch")
     options = parser.parse_args()
     rows: list[tuple[str, tuple[float, float, float]]] = []
 
@@ -250,7 +253,7 @@ def main() -> None:
     with scratch_broker() as (folder, url):
         large = make_llama(folder / "large", **LARGE)
         small = make_llama(folder / "small", **SMALL)
-        for name in options.engines.split(","):
+        for name in () if options.server_only else options.engines.split(","):
             if find_spec(LIBRARIES[name]) is None:
                 print(f"{name} is not installed: make setup-engines", file=sys.stderr)
                 continue
