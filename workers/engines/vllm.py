@@ -36,7 +36,7 @@ from workers.engines.base import Availability, ContinuousModel, Done, Engine, En
 from workers.engines.guard import Guard, descendants
 from workers.engines.roles import GENERATING
 from workers.engines.text import TextCodec, first_line, require_path
-from workers.engines.vllm_options import POOLING, engine_arguments, on_cuda, prepare_environment
+from workers.engines.vllm_options import POOLING, engine_arguments, event_sockets, on_cuda, prepare_environment
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +126,8 @@ class VLLMModel(ContinuousModel):
         self._loop.run(_off_the_loop(self._engine.shutdown)).result(timeout=CLOSE_SECONDS)
         self._loop.close()
         self._guard.close()
+        for socket in event_sockets(self.spec):
+            socket.unlink(missing_ok=True)
 
     # -- on the loop ------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from typing import Any
 from shared.contract import EngineName, Kind
 from shared.errors import EngineLoadError
 from shared.settings import ModelSpec, VLLMSettings
+from workers.engines.files import content_digest
 from workers.engines.roles import GENERATING
 
 POOLING = frozenset({Kind.EMBED})
@@ -42,12 +43,12 @@ def engine_arguments(spec: ModelSpec, settings: VLLMSettings, on_cpu: bool) -> t
         arguments["enable_prefix_caching"] = settings.enable_prefix_caching
         arguments["scheduling_policy"] = "priority"
         if settings.kv_events and settings.enable_prefix_caching:
-            endpoint = f"ipc://{tempfile.gettempdir()}/muai-kv-{os.getpid()}-{abs(hash(spec.name)) % 10**6}"
+            events, replay = (f"ipc://{socket}" for socket in event_sockets(spec))
             arguments["kv_events_config"] = {
-                "enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint,
-                "replay_endpoint": f"{endpoint}-replay",
+                "enable_kv_cache_events": True, "publisher": "zmq", "endpoint": events,
+                "replay_endpoint": replay,
             }  # fmt: skip
-            notes.append(f"KV events at {endpoint}")
+            notes.append(f"KV events at {events}")
     elif kinds & POOLING:
         arguments["runner"] = "pooling"
         arguments["pooler_config"] = {"pooling_type": _POOLING[spec.pooling], "use_activation": spec.normalize}
@@ -61,6 +62,13 @@ def engine_arguments(spec: ModelSpec, settings: VLLMSettings, on_cpu: bool) -> t
     elif "swap_space" in settings.model_fields_set and settings.swap_space:
         arguments["kv_offloading_size"] = float(settings.swap_space)
     return {**arguments, **settings.engine_args, **spec.options.get(EngineName.VLLM, {})}, tuple(notes)
+
+
+def event_sockets(spec: ModelSpec) -> tuple[Path, Path]:
+    """Where a model's KV events are published and replayed: sockets in the folder for temporary files."""
+    name = content_digest(spec.path, spec.name)
+    base = Path(tempfile.gettempdir()) / f"muai-kv-{os.getpid()}-{name}"
+    return base, base.with_name(f"{base.name}-replay")
 
 
 def prepare_environment(settings: VLLMSettings, on_cpu: bool) -> None:
