@@ -34,7 +34,7 @@ SHAPES = {
 }
 Load = Callable[[str, str], DeepSpeedModel]
 
-pytestmark = [pytest.mark.xdist_group("engines"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")

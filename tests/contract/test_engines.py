@@ -33,7 +33,7 @@ ENGINES = (
     ),
 )
 
-pytestmark = [pytest.mark.xdist_group("engines"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -34,7 +34,7 @@ from workers.engines.onnx_files import META
 TEXTS = 40
 MAX_TOKENS = 10
 
-pytestmark = [pytest.mark.xdist_group("engines"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "three": make_bert_classifier,

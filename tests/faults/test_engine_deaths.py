@@ -23,7 +23,7 @@ REQUESTS = 64
 MAX_TOKENS = 150
 PROMPTS = [f"question {number} " + "x" * (number % 30) for number in range(REQUESTS)]
 
-pytestmark = [pytest.mark.xdist_group("engine-deaths"), pytest.mark.timeout(400)]
+pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")

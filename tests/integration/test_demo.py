@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.xdist_group("engines")]
+pytestmark = pytest.mark.timeout(240)
 
 
 def test_the_demo_answers_everything_right_and_leaves_nothing_behind() -> None:

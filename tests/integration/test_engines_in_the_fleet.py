@@ -23,7 +23,7 @@ from tests.tiny_models import CONTEXT, greedy_reference, make_bert, make_llama, 
 
 MAX_TOKENS = 8
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.xdist_group("engines")]
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")
