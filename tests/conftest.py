@@ -23,7 +23,7 @@ from shared.settings import Settings
 from shared.settings_loader import load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
-START_SECONDS = 90.0
+START_SECONDS = 170.0
 STOP_SECONDS = 40.0
 
 

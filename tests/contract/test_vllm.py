@@ -32,7 +32,7 @@ from workers.engines.vllm import VLLMEngine, VLLMModel  # after the check that v
 
 Load = Callable[..., VLLMModel]
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ REQUESTS = 64
 MAX_TOKENS = 150
 PROMPTS = [f"question {number} " + "x" * (number % 30) for number in range(REQUESTS)]
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_a_killed_engine_process(make_fleet, llama, reference, engine: str, proc
     fleet.start_worker("pytorch", wait=False)
     worker = fleet.start_worker(engine, wait=False)
     for started in fleet.processes:
-        fleet.wait_live(started, seconds=240)
+        fleet.wait_live(started, seconds=400)
     results = [handle.result(120) for handle in ask(fleet)]
     assert {result.engine_used for result in results} == {EngineName(engine)}
     assert [result.outputs["token_ids"] for result in results] == reference
@@ -114,7 +114,7 @@ def test_a_killed_engine_process(make_fleet, llama, reference, engine: str, proc
         assert hop["engine"] == engine
         assert "die" in hop["error"] or "kill" in hop["error"]
         assert hop["time"] - killed < 2
-    eventually(lambda: not out_of_service(fleet, engine), 150, "the engine's return")
+    eventually(lambda: not out_of_service(fleet, engine), 300, "the engine's return")
     again = fleet.client.submit({"model": "llama", "inputs": {"prompt": "back?"}}).result(60)
     assert again.engine_used == engine
 

@@ -137,6 +137,9 @@ class VLLMModel(ContinuousModel):
         running.add(task)
 
         def ended(task: asyncio.Task[None]) -> None:
+            if task.cancelled():  # before its first step: it had no chance to say so itself
+                work.close()
+                done(Cancelled())
             running.discard(task)
             if not running and self._tasks.get(request_id) is running:
                 del self._tasks[request_id]
