@@ -61,7 +61,7 @@ class Fallback:
             return FallbackDecision(self._next(request, [*hops, here]), error)
         except NoEngineAvailable:
             if error.outage and self._may_wait(request, [*hops, here]):
-                return FallbackDecision(self._engine, error, WAIT_SECONDS)
+                return FallbackDecision(self._engine, error)
             history = "; ".join([*(f"{hop.engine}: {hop.error}" for hop in hops), f"{self._engine}: {error}"])
             raise type(error)(f"no engine could serve the request ({history})") from None
 

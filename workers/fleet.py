@@ -35,6 +35,9 @@ from workers.transport import Services as TransportServices
 
 logger = logging.getLogger(__name__)
 
+FRESH_SECONDS = 0.1
+"""How old the list of live workers may be where a decision wants it fresh."""
+
 
 class Fleet:
     """Everything of this process that outlives a broker connection."""
@@ -48,7 +51,7 @@ class Fleet:
         self.registry = WorkerRegistry(self.client, settings.fleet.silent_after_seconds)
         self.devices = Devices(settings, self.client, self.worker_id)
         self.sweeper = Sweeper(self.delivery, settings.fleet.max_deliveries)
-        self.rescuer = Rescuer(self.delivery, settings, self.worker_id, self.live_workers, self.refresh)
+        self.rescuer = Rescuer(self.delivery, settings, self.worker_id, self.live_workers)
         self.intakes: dict[str, Intake] = {}
         self.observer: TaskObserver | None = None
         self._absent: dict[EngineName, str] = {}
@@ -56,6 +59,7 @@ class Fleet:
         self._queues: tuple[str, ...] = ()
         self._started = time.time()
         self._live: list[WorkerInfo] = []
+        self._live_at = float("-inf")
         self._stop = threading.Event()
         self._news = threading.Event()
         self._heartbeat: threading.Thread | None = None
@@ -139,8 +143,11 @@ class Fleet:
         return self._live
 
     def refresh(self) -> None:
-        """Ask who lives now."""
-        self._live = self.registry.live()
+        """Ask who lives now, unless that was asked just before: many requests may want to know at once."""
+        now = time.monotonic()
+        if now - self._live_at >= FRESH_SECONDS:
+            self._live = self.registry.live()
+            self._live_at = now
 
     def describe(self) -> WorkerInfo:
         """What this worker announces."""

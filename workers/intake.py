@@ -107,6 +107,7 @@ class Intake:
         self._running: dict[str, Batch[InFlight]] = {}
         self._resting: set[InFlight] = set()
         self._reports: deque[Event] = deque()
+        self._done: deque[BatchDone] = deque()
         self._outbox: list[_Ended] = []
         self._hub: Hub | None = None
         self._drain_soon = promise(self.drain)
@@ -278,25 +279,26 @@ class Intake:
 
     def report(self, event: Event) -> None:
         """The engine's thread says what became of a member or a batch."""
-        self._reports.append(event)
+        if isinstance(event, BatchDone):
+            self._done.append(event)
+        else:
+            self._reports.append(event)
         if self._hub is not None:
             self._hub.call_soon(self._drain_soon)
 
     def drain(self) -> None:
         """Write the outcomes of what the engine reported, and start the next batch."""
         # A free engine first gets its next batch; then the outcomes of the last one are written.
-        for event in self._reports:
-            if isinstance(event, BatchDone):
-                self._free(event)
+        self._take_done()
         if len(self._running) < self._slots:
             self.pump()
         self._take_reports()
-        if len(self._running) < self._slots:
-            self.pump()
         self._flush()
 
-    def _free(self, done: BatchDone) -> None:
-        if self._running.pop(done.batch.items[0].lease, None) is not None:
+    def _take_done(self) -> None:
+        while self._done:
+            done = self._done.popleft()
+            del self._running[done.batch.items[0].lease]
             self._batcher.finished(done.batch.key, len(done.batch.items), done.seconds)
 
     def _take_reports(self) -> None:
@@ -305,8 +307,6 @@ class Intake:
             event = self._reports[0]
             if isinstance(event, Finished):
                 self._finish(event)
-            elif isinstance(event, BatchDone):
-                self._free(event)
             else:
                 self._services.announce()
             self._reports.popleft()
@@ -478,7 +478,7 @@ class Intake:
     def finish(self, deadline: float) -> None:
         """Wait for the running batch until ``deadline`` (monotonic seconds); return what did not end to the queue."""
         while self._running and time.monotonic() < deadline:
-            if not self._reports:
+            if not self._reports and not self._done:
                 time.sleep(0.005)
             self._settle_reports()
         self._settle_reports()
@@ -491,6 +491,7 @@ class Intake:
             self._flush()
 
     def _settle_reports(self) -> None:
+        self._take_done()
         self._take_reports()
         self._flush()
 

@@ -35,14 +35,15 @@ class Rescuer:
         settings: Settings,
         worker_id: str,
         live_workers: Callable[[], Sequence[WorkerInfo]],
-        refresh: Callable[[], None],
     ) -> None:
         self._delivery = delivery
         self._after = settings.fleet.rescue_after_seconds
         self._live_workers = live_workers
         self._due: dict[EngineName, float] = {}
         self._fallbacks = {
-            engine: Fallback(engine, None, settings, worker_id, live_workers, refresh) for engine in EngineName
+            # Nothing is asked anew for each message: the heartbeat that looks has just asked who lives.
+            engine: Fallback(engine, None, settings, worker_id, live_workers, refresh=lambda: None)
+            for engine in EngineName
         }
 
     def look(self, now: float) -> int:

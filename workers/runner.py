@@ -1,7 +1,7 @@
 """An engine on a thread of its own: takes work, reports each request's outcome as soon as it is known.
 
 :class:`BatchRunner` runs one batch after the other; :class:`ContinuousRunner` hands requests to an engine that batches
-by itself. Either also brings a model back when its rest is over, while nothing waits.
+by itself. Either also brings a model back when its rest is over.
 """
 
 from __future__ import annotations
@@ -110,22 +110,20 @@ class EngineRunner(ABC):
                 self.models.get(name)
         self.loaded.set()
         while True:
-            try:
-                batch = self._inbox.get(timeout=self._patience())
-            except queue.Empty:
+            due = self.models.revive_at()
+            if time.monotonic() >= due:
                 self.models.revive()
                 self._report(ModelsChanged())
+                continue
+            try:
+                batch = self._inbox.get(timeout=None if due == float("inf") else max(0.0, due - time.monotonic()))
+            except queue.Empty:
                 continue
             if batch is _Signal.STOP:
                 break
             if isinstance(batch, Batch):
                 self._take(batch)
         self.models.close()
-
-    def _patience(self) -> float | None:
-        """Seconds until a model's rest is over."""
-        due = self.models.revive_at()
-        return None if due == float("inf") else max(0.0, due - time.monotonic())
 
     @abstractmethod
     def _take(self, batch: Batch[InFlight]) -> None:

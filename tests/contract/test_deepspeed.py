@@ -226,7 +226,9 @@ def test_the_processes_do_not_outlive_the_worker(paths) -> None:
     )
     worker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     ranks = eventually(lambda: len(found := psutil.Process(worker.pid).children()) == 2 and found, 30, "two ranks")
-    time.sleep(1.0)  # they import torch by now
+    eventually(
+        lambda: all("libtorch" in Path(f"/proc/{rank.pid}/maps").read_text() for rank in ranks), 60, "torch in both"
+    )
 
     worker.kill()
     worker.wait()

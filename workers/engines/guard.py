@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -38,12 +39,17 @@ class Guard:
                 self._shell.stdin.flush()
 
 
-def descendants() -> set[int]:
-    """The processes that this one started, and those they started.
+def children() -> set[int]:
+    """The processes that this one has started with ``multiprocessing`` and that live."""
+    return {process.pid for process in multiprocessing.active_children() if process.pid is not None}
 
-    Python's tracker of shared memory is not among them: it ends by itself, and cleans up when it does.
-    """
+
+def families(pids: Iterable[int]) -> set[int]:
+    """These processes, and those that they started."""
     import psutil
 
-    found = psutil.Process().children(recursive=True)
-    return {process.pid for process in found if "resource_tracker" not in " ".join(process.cmdline())}
+    found = set(pids)
+    for pid in tuple(found):
+        with suppress(psutil.NoSuchProcess):
+            found |= {process.pid for process in psutil.Process(pid).children(recursive=True)}
+    return found

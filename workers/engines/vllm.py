@@ -33,7 +33,7 @@ from shared.errors import (
 )
 from shared.settings import ModelSpec, Settings
 from workers.engines.base import Availability, ContinuousModel, Done, Engine, EngineOutput
-from workers.engines.guard import Guard, descendants
+from workers.engines.guard import Guard, children, families
 from workers.engines.roles import GENERATING
 from workers.engines.text import TextCodec, first_line, require_path
 from workers.engines.vllm_options import POOLING, engine_arguments, event_sockets, on_cuda, prepare_environment
@@ -332,7 +332,7 @@ class VLLMEngine(Engine):
         on_cpu = not on_cuda()
         prepare_environment(settings, on_cpu)
         arguments, notes = engine_arguments(spec, settings, on_cpu)
-        loop, before = EngineLoop(), descendants()
+        loop, before = EngineLoop(), children()
         try:
             engine = loop.run(_start_engine(arguments)).result()
         except FleetError:
@@ -343,7 +343,7 @@ class VLLMEngine(Engine):
             raise EngineLoadError(
                 f"vllm cannot load {spec.name!r}: {type(error).__name__}: {first_line(error)}"
             ) from error
-        return VLLMModel(spec, engine, loop, Guard(descendants() - before), notes)
+        return VLLMModel(spec, engine, loop, Guard(families(children() - before)), notes)
 
 
 async def _start_engine(arguments: dict[str, Any]) -> Any:
