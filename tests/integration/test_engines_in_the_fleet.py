@@ -187,16 +187,13 @@ def test_least_recently_used_model_is_unloaded(make_fleet, models: Path) -> None
 
 
 def test_an_engine_that_cannot_run_says_how_to_mend_it(make_fleet) -> None:
-    """A worker for an engine that is switched off, or not in this release, ends with one clear line."""
+    """A worker for an engine that is switched off ends with one clear line."""
     fleet = make_fleet(optimization={"fake": {"enabled": False}})
     off = fleet.start_worker("fake", wait=False)
-    missing = fleet.start_worker("vllm", wait=False)
 
-    assert off.wait(30) != 0
-    assert missing.wait(30) != 0
+    assert off.wait(60) != 0
     assert "optimization.fake.enabled" in fleet.log(off)
-    assert "there is no vllm engine in this release" in fleet.log(missing)
-    assert "Traceback" not in fleet.log(off) + fleet.log(missing)
+    assert "Traceback" not in fleet.log(off)
 
 
 def test_flower_shows_each_request_as_a_task(fleet: FleetUnderTest) -> None:

@@ -23,6 +23,7 @@ RELATED = {
     "optimization.batcher.min_batch_size",
     "optimization.batcher.max_batch_size",
     "optimization.batcher.length_buckets",
+    "optimization.deepspeed.zero_offload",
     "optimization.engine_preference",
     "optimization.pytorch.compile_load_high",
     "optimization.pytorch.compile_load_low",
@@ -56,6 +57,8 @@ def valid(schema: Schema) -> st.SearchStrategy:
         return st.floats(low, high, exclude_min="exclusiveMinimum" in schema, allow_subnormal=False)
     if kind == "array":
         return st.lists(valid(schema["items"]), min_size=schema.get("minItems", 0), max_size=4)
+    if kind == "object":
+        return st.dictionaries(st.text("abc_", min_size=1, max_size=4), st.integers() | st.booleans(), max_size=3)
     if "pattern" in schema:
         return TEXTS[schema["pattern"]]
     return st.text("abcXYZ019-_./é", min_size=1, max_size=12).filter(lambda text: text.lower() not in ("null", "none"))
@@ -65,7 +68,7 @@ def invalid(schema: Schema) -> st.SearchStrategy:
     """Values that an option refuses."""
     schema = resolve(schema)
     inner = without_null(schema)
-    wrong: list = [{"a": 1}]
+    wrong: list = [["a", 1] if inner.get("type") == "object" else {"a": 1}]
     if not is_optional(schema):
         wrong.append(None)
     if "enum" in inner:
@@ -79,6 +82,8 @@ def invalid(schema: Schema) -> st.SearchStrategy:
         wrong += [inner["maximum"] + 1] if "maximum" in inner else []
     elif inner["type"] == "array":
         wrong += ["a", [{}], [None]]
+    elif inner["type"] == "object":
+        wrong += ["a", 1]
     else:
         wrong += [1, ["x"]] + (["no match"] if "pattern" in inner else [])
     return st.sampled_from(wrong)

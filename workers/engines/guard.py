@@ -8,17 +8,22 @@ import signal
 import subprocess
 from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 
-_SCRIPT = 'pids=; while read -r line; do pids=$line; done; test -z "$pids" || kill -9 $pids'
+_SCRIPT = 'pids=; while read -r line; do pids=$line; done; test -z "$pids" || kill -9 $pids; rm -rf "$0"'
 
 
 class Guard:
-    """Kills processes when this process ends, however it ends: a shell waits for the end of a pipe from here."""
+    """Kills processes and removes their folder of temporary files when this process ends, however it ends.
 
-    def __init__(self, pids: Iterable[int]) -> None:
+    A shell waits for the end of a pipe from here.
+    """
+
+    def __init__(self, pids: Iterable[int], folder: Path) -> None:
         self.pids = tuple(pids)
         self._shell = subprocess.Popen(  # noqa: S603  # a constant script
-            ["/bin/sh", "-c", _SCRIPT], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+            ["/bin/sh", "-c", _SCRIPT, str(folder)], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )  # fmt: skip
         self._say(" ".join(map(str, self.pids)))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -18,6 +19,8 @@ from dataclasses import fields
 from difflib import get_close_matches
 from importlib.util import find_spec
 from itertools import count
+from pathlib import Path
+from shutil import rmtree
 from typing import Any, ClassVar
 
 from shared.contract import EngineName, Feature, InferenceRequest, Kind, Usage
@@ -36,7 +39,7 @@ from workers.engines.base import Availability, ContinuousModel, Done, Engine, En
 from workers.engines.guard import Guard, children, families
 from workers.engines.roles import GENERATING
 from workers.engines.text import TextCodec, first_line, require_path
-from workers.engines.vllm_options import POOLING, engine_arguments, event_sockets, on_cuda, prepare_environment
+from workers.engines.vllm_options import POOLING, engine_arguments, on_cuda, prepare_environment, temporary_files_in
 
 logger = logging.getLogger(__name__)
 
@@ -126,8 +129,6 @@ class VLLMModel(ContinuousModel):
         self._loop.run(_off_the_loop(self._engine.shutdown)).result(timeout=CLOSE_SECONDS)
         self._loop.close()
         self._guard.close()
-        for socket in event_sockets(self.spec):
-            socket.unlink(missing_ok=True)
 
     # -- on the loop ------------------------------------------------------------------------------------------------
 
@@ -331,19 +332,21 @@ class VLLMEngine(Engine):
         settings = self.settings.optimization.vllm
         on_cpu = not on_cuda()
         prepare_environment(settings, on_cpu)
-        arguments, notes = engine_arguments(spec, settings, on_cpu)
+        folder = Path(tempfile.mkdtemp(prefix="muai-vllm-"))
         loop, before = EngineLoop(), children()
         try:
-            engine = loop.run(_start_engine(arguments)).result()
-        except FleetError:
-            loop.close()
-            raise
+            arguments, notes = engine_arguments(spec, settings, on_cpu, folder)
+            with temporary_files_in(folder):
+                engine = loop.run(_start_engine(arguments)).result()
         except BaseException as error:
             loop.close()
+            rmtree(folder, ignore_errors=True)
+            if isinstance(error, FleetError):
+                raise
             raise EngineLoadError(
                 f"vllm cannot load {spec.name!r}: {type(error).__name__}: {first_line(error)}"
             ) from error
-        return VLLMModel(spec, engine, loop, Guard(families(children() - before)), notes)
+        return VLLMModel(spec, engine, loop, Guard(families(children() - before), folder), notes)
 
 
 async def _start_engine(arguments: dict[str, Any]) -> Any:

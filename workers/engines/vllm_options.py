@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from shared.contract import EngineName, Kind
 from shared.errors import EngineLoadError
 from shared.settings import ModelSpec, VLLMSettings
-from workers.engines.files import content_digest
 from workers.engines.roles import GENERATING
 
 POOLING = frozenset({Kind.EMBED})
@@ -19,8 +19,13 @@ _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _POOLING = {"mean": "MEAN", "cls": "CLS", "last": "LAST"}
 
 
-def engine_arguments(spec: ModelSpec, settings: VLLMSettings, on_cpu: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What vLLM's ``AsyncEngineArgs`` is given for a model, and what an operator should know of it."""
+def engine_arguments(
+    spec: ModelSpec, settings: VLLMSettings, on_cpu: bool, folder: Path
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What vLLM's ``AsyncEngineArgs`` is given for a model, and what an operator should know of it.
+
+    The sockets at which KV events are published and replayed are in ``folder``.
+    """
     kinds = set(spec.kinds)
     notes = []
     path = Path(spec.path).expanduser()
@@ -43,7 +48,7 @@ def engine_arguments(spec: ModelSpec, settings: VLLMSettings, on_cpu: bool) -> t
         arguments["enable_prefix_caching"] = settings.enable_prefix_caching
         arguments["scheduling_policy"] = "priority"
         if settings.kv_events and settings.enable_prefix_caching:
-            events, replay = (f"ipc://{socket}" for socket in event_sockets(spec))
+            events, replay = (f"ipc://{folder / name}" for name in ("kv-events", "kv-replay"))
             arguments["kv_events_config"] = {
                 "enable_kv_cache_events": True, "publisher": "zmq", "endpoint": events,
                 "replay_endpoint": replay,
@@ -62,13 +67,6 @@ def engine_arguments(spec: ModelSpec, settings: VLLMSettings, on_cpu: bool) -> t
     elif "swap_space" in settings.model_fields_set and settings.swap_space:
         arguments["kv_offloading_size"] = float(settings.swap_space)
     return {**arguments, **settings.engine_args, **spec.options.get(EngineName.VLLM, {})}, tuple(notes)
-
-
-def event_sockets(spec: ModelSpec) -> tuple[Path, Path]:
-    """Where a model's KV events are published and replayed: sockets in the folder for temporary files."""
-    name = content_digest(spec.path, spec.name)
-    base = Path(tempfile.gettempdir()) / f"muai-kv-{os.getpid()}-{name}"
-    return base, base.with_name(f"{base.name}-replay")
 
 
 def prepare_environment(settings: VLLMSettings, on_cpu: bool) -> None:
@@ -96,3 +94,19 @@ def on_cuda() -> bool:
     import torch
 
     return bool(torch.cuda.is_available())
+
+
+@contextmanager
+def temporary_files_in(folder: Path) -> Iterator[None]:
+    """What an engine core that starts meanwhile leaves on the disk (sockets, rendezvous files) lies in ``folder``."""
+    names = ("TMPDIR", "VLLM_RPC_BASE_PATH")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, str(folder)))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
