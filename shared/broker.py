@@ -14,6 +14,8 @@ from shared.errors import BrokerUnavailable, ConfigurationError
 from shared.masking import masked_url
 from shared.settings import FleetSettings
 
+INCLUDE = "--!include "
+
 
 def connect(fleet: FleetSettings, *, socket_timeout: float | None = None) -> redis.Redis:
     """A client of the fleet's broker. Nothing is sent yet; commands fail within the configured time limits.
@@ -52,5 +54,7 @@ def broker_errors(fleet: FleetSettings, doing: str) -> Iterator[None]:
 
 
 def lua(package: str, name: str) -> str:
-    """The text of a Lua script that lies in the ``lua`` folder of ``package``."""
-    return resources.files(package).joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
+    """A Lua script in the ``lua`` folder of ``package``; ``--!include NAME`` on top stands for one of ``shared``."""
+    text = resources.files(package).joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
+    first, _, rest = text.partition("\n")
+    return lua("shared", first.removeprefix(INCLUDE)) + rest if first.startswith(INCLUDE) else text

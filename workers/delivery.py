@@ -7,11 +7,13 @@ is no longer ours. So a request gets exactly one terminal record wherever a proc
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import redis
 
@@ -26,6 +28,9 @@ SAME = "="
 
 SWEEP_LIMIT = 100
 
+LEFT_OUT_SECONDS = 0.02
+"""After how long a tenant that had its share of what is in flight is looked at again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
@@ -39,12 +44,13 @@ class Claimed:
 class Claim:
     """What a claim brought.
 
-    ``now`` is the broker's clock in seconds, ``waiting`` what is left on the queue, ``cancelled`` how many
-    cancellations the broker remembers.
+    ``now`` is the broker's clock in seconds, ``waiting`` is 0 where nothing is left that may be claimed, ``left_out``
+    how many tenants have their share of what is in flight, ``cancelled`` how many cancellations are remembered.
     """
 
     now: float
     waiting: int
+    left_out: int
     cancelled: int
     messages: list[Claimed]
 
@@ -83,6 +89,14 @@ class Outcome:
         )
 
 
+class Verdict(StrEnum):
+    """Whether a message may run, must wait for another of the same id, or is of a request that has its answer."""
+
+    RUN = "run"
+    WAIT = "wait"
+    DONE = "done"
+
+
 @dataclass(frozen=True, slots=True)
 class Swept:
     """An expired lease that this process took over. ``list_name`` is where its message came from."""
@@ -98,19 +112,36 @@ class Delivery:
     def __init__(self, client: redis.Redis, fleet: FleetSettings) -> None:
         self._fleet = fleet
         self._lease_ms = int(fleet.lease_seconds * 1000)
-        self._settle_keys = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.DEAD_LETTERS]
+        self._settle_keys = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.DEAD_LETTERS, keys.IN_FLIGHT]
+        self._claim_keys: dict[str, list[str]] = {}
         self._client = client
+        self.quotas = ""
         self._claim = client.register_script(lua("workers", "claim"))
+        self._begin = client.register_script(lua("workers", "begin"))
         self._settle = client.register_script(lua("workers", "settle"))
         self._renew = client.register_script(lua("workers", "renew"))
         self._sweep = client.register_script(lua("workers", "sweep"))
 
+    def share_out(self, places: int) -> None:
+        """Reckon what each tenant may have in flight of this many places in the fleet."""
+        rules = {
+            "" if tenant == keys.SHARED_TENANT else tenant: (
+                rule.weight, 0 if rule.in_flight_share is None else max(1, int(rule.in_flight_share * places)),
+            )
+            for tenant, rule in self._fleet.tenants.items()
+        }  # fmt: skip
+        self.quotas = json.dumps(rules) if rules else ""
+
     def claim(self, queue: str, limit: int) -> Claim:
         """Lease up to ``limit`` messages of ``queue``, the most urgent and oldest first."""
-        leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER, keys.CANCELLED]
-        rows = self._claim(keys=leases + keys.lists_of(queue), args=[limit, self._lease_ms])
-        messages = [Claimed(lease.decode(), payload) for lease, payload in zip(rows[3::2], rows[4::2], strict=True)]
-        return Claim(rows[0] / 1000, rows[1], rows[2], messages)
+        names = self._claim_keys.get(queue)
+        if names is None:
+            leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER, keys.CANCELLED]
+            names = [*leases, keys.queue_state(queue), keys.IN_FLIGHT, *keys.lists_of(queue)]
+            self._claim_keys[queue] = names
+        rows = self._claim(keys=names, args=[limit, self._lease_ms, self._fleet.starvation_limit, self.quotas])
+        messages = [Claimed(lease.decode(), payload) for lease, payload in zip(rows[4::2], rows[5::2], strict=True)]
+        return Claim(rows[0] / 1000, rows[1], rows[2], rows[3], messages)
 
     def settle(self, outcomes: Sequence[Outcome]) -> list[bool]:
         """Write outcomes; ``False`` where the lease was no longer ours and nothing was written."""
@@ -125,6 +156,15 @@ class Delivery:
             args.extend(outcome.arguments())
         written = self._settle(keys=self._settle_keys, args=args)
         return [flag == 1 for flag in written]
+
+    def begin(self, messages: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """Whether messages, each a lease and a request id, may run: for those that others than our client have sent."""
+        if not messages:
+            return []
+        args: list[str | int] = [self._fleet.result_expires_seconds]
+        for message in messages:
+            args.extend(message)
+        return [Verdict(word.decode()) for word in self._begin(keys=[keys.LEASE_INDEX], args=args)]
 
     def cancelled_among(self, request_ids: Sequence[str]) -> set[str]:
         """Which of these requests were cancelled."""

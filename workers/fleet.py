@@ -197,6 +197,7 @@ class Fleet:
             try:
                 self.registry.announce(self.describe())
                 self.refresh()
+                self.delivery.share_out(sum(info.max_batch_size for w in self._live for info in w.engines))
                 self.rescuer.look(time.monotonic())
             except (redis.RedisError, OSError) as error:
                 logger.warning("cannot announce this worker: %s", error)

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
-from shared import wire
+from shared import keys, wire
 from shared.contract import TASK_NAME, Hop, InferenceRequest
 from shared.errors import BadRequest, UndecodableMessage
 
@@ -103,6 +103,16 @@ class InFlight:
         if args:
             data["inputs"] = inputs_from_previous(data.get("inputs"), args[0])
         return InferenceRequest.parse(data)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether others than our own client have sent it, and no worker has handled it yet."""
+        return not wire.own_header(self.headers)
+
+    @property
+    def tenant(self) -> str:
+        """Whose request it is."""
+        return self.request.tenant if self.request is not None else keys.SHARED_TENANT
 
     @property
     def eta(self) -> float | None:

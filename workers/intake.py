@@ -35,7 +35,7 @@ from shared.settings import Settings
 from workers import outcome
 from workers.batcher import Batch, Batcher, BatchLimits
 from workers.canvas import Canvas
-from workers.delivery import Claim, Delivery, LeaseKeeper, Outcome
+from workers.delivery import LEFT_OUT_SECONDS, Claim, Delivery, LeaseKeeper, Outcome, Verdict
 from workers.engines.base import EngineOutput
 from workers.events import TaskObserver
 from workers.fallback import Fallback, FallbackDecision
@@ -56,6 +56,9 @@ AHEAD_SHARE = 0.25
 """How much more than can run is claimed for an engine that batches by itself, so that no slot waits for the broker."""
 
 SETTLE_CHUNK = 256
+
+SAME_ID_SECONDS = 1.0
+"""How long a message waits while another of the same id is under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,7 @@ class Intake:
         self._batcher: Batcher[InFlight] = Batcher(self._limits)
         self._running: dict[str, Batch[InFlight]] = {}
         self._resting: set[InFlight] = set()
+        self._foreign: list[InFlight] = []
         self._reports: deque[Event] = deque()
         self._done: deque[BatchDone] = deque()
         self._outbox: list[_Ended] = []
@@ -187,7 +191,10 @@ class Intake:
         if last_moment is not None:
             self._services.leases.hold(item.lease, last_moment)
         item.tokens = self._sizes.tokens(request)
-        self._wait(item, request, item.claimed)
+        if item.foreign:
+            self._foreign.append(item)
+        else:
+            self._wait(item, request, item.claimed)
 
     def _wait(self, item: InFlight, request: InferenceRequest, now: float) -> None:
         key = (request.model, self._runner.models.engine.compatibility(request), self._sizes.bucket(request))
@@ -195,10 +202,25 @@ class Intake:
 
     def claimed(self, claim: Claim) -> None:
         """All messages of a claim were received."""
+        self._begin_foreign()
+        if claim.left_out and self._hub is not None:
+            self._hub.call_later(LEFT_OUT_SECONDS, lambda: None)  # the loop claims when it wakes
         if claim.cancelled and len(self._batcher):
             self._drop_cancelled()
         self._flush()
         self.pump()
+
+    def _begin_foreign(self) -> None:
+        """Other senders may use an id twice: such a message waits for the other one, and ends with its answer."""
+        verdicts = self._services.delivery.begin([(item.lease, item.id) for item in self._foreign])
+        foreign, self._foreign = self._foreign, []
+        for item, verdict in zip(foreign, verdicts, strict=True):
+            if verdict is Verdict.RUN and item.request is not None:
+                self._wait(item, item.request, item.claimed)
+                continue
+            due = item.claimed + SAME_ID_SECONDS
+            ended = Outcome(item.lease) if verdict is Verdict.DONE else outcome.delayed(item.lease, due)
+            self._end(item, ended, partial(self._services.observer.given_back, item))
 
     def _drop_cancelled(self) -> None:
         waiting = [item.id for item in self._batcher]
@@ -289,6 +311,7 @@ class Intake:
     def drain(self) -> None:
         """Write the outcomes of what the engine reported, and start the next batch."""
         # A free engine first gets its next batch; then the outcomes of the last one are written.
+        self._begin_foreign()
         self._take_done()
         if len(self._running) < self._slots:
             self.pump()

@@ -56,7 +56,7 @@ def hopped(
         item.lease,
         result_key=_result_key(item) if record else "",
         record=record,
-        push_list=keys.list_of(queue, item.priority),
+        push_list=keys.list_of(queue, item.priority, item.tenant),
         push_message=message,
         push_front=True,
     )

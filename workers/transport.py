@@ -13,6 +13,7 @@ its sleep takes nothing with it.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from kombu.transport import redis as kombu_redis
 
 from shared import keys, wire
 from shared.errors import UndecodableMessage
-from workers.delivery import Claim, Claimed, Delivery, LeaseKeeper, Outcome
+from workers.delivery import LEFT_OUT_SECONDS, Claim, Claimed, Delivery, LeaseKeeper, Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,7 @@ class Channel(kombu_redis.Channel):
         self.unanswered = 0
         self._armed_for: set[str] = set()
         self._backlog: dict[str, int] = {}
+        self._look_at: dict[str, float] = {}
         self._unacknowledged: set[str] = set()
         super().__init__(*args, **kwargs)
         self.delivery = self.services.delivery
@@ -130,7 +132,9 @@ class Channel(kombu_redis.Channel):
         """The connection that waits; connected and tracking."""
         if self.waiter.connection is None:
             pool = self.async_pool
-            self.waiter.connection = pool.connection_class(**{**pool.connection_kwargs, "protocol": 3})
+            # Its health is checked by the question that it is asked: a PING would meet the answer to another.
+            options = {**pool.connection_kwargs, "protocol": 3, "health_check_interval": 0}
+            self.waiter.connection = pool.connection_class(**options)
         connection = self.waiter.connection
         if connection._sock is None:
             connection.connect()
@@ -152,7 +156,8 @@ class Channel(kombu_redis.Channel):
         if empty:
             self._armed_for |= empty
             self.unanswered += 1
-            connection.send_command("EXISTS", *(name for queue in sorted(empty) for name in keys.lists_of(queue)))
+            names = (name for queue in sorted(empty) for name in (*keys.lists_of(queue), *keys.lanes_of(queue)))
+            connection.send_command("EXISTS", *names)
 
     def _brpop_read(self, **options: Any) -> bool:
         """Something came on the waiting connection: the answer to the question, or the news of a change."""
@@ -198,6 +203,10 @@ class Channel(kombu_redis.Channel):
                 continue
             claim = self.delivery.claim(queue, room)
             self._backlog[queue] = claim.waiting
+            if claim.left_out and not claim.waiting:
+                self._look_at[queue] = time.monotonic() + LEFT_OUT_SECONDS
+            else:
+                self._look_at.pop(queue, None)
             if queue in self._unacknowledged:
                 self.delivery.settle([Outcome(message.lease) for message in claim.messages])
             for message in claim.messages:
@@ -222,7 +231,9 @@ class Channel(kombu_redis.Channel):
     @property
     def backlog(self) -> bool:
         """Whether a queue with room is known to hold messages."""
-        return any(waiting and self.room(queue) > 0 for queue, waiting in self._backlog.items())
+        now = time.monotonic() if self._look_at else 0.0
+        due = (queue for queue, when in self._look_at.items() if now >= when)
+        return any(self.room(queue) > 0 for queue in (*due, *(q for q, waiting in self._backlog.items() if waiting)))
 
     def _hand_over(self, queue: str, message: Claimed) -> None:
         try:

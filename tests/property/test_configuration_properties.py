@@ -30,6 +30,7 @@ RELATED = {
     "monitoring.anomaly.alert_destinations",
     "monitoring.server.preload_models",
     "models.catalog",
+    "fleet.tenants",
 }
 INDEPENDENT = [option for option in options() if option.key not in RELATED]
 TEXTS = {
