@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -197,8 +197,11 @@ class Intake:
             self._wait(item, request, item.claimed)
 
     def _wait(self, item: InFlight, request: InferenceRequest, now: float) -> None:
-        key = (request.model, self._runner.models.engine.compatibility(request), self._sizes.bucket(request))
-        self._batcher.add(item, key, item.tokens, now)
+        self._batcher.add(item, self._key(request), item.tokens, now)
+
+    def _key(self, request: InferenceRequest) -> Hashable:
+        """Requests with the same key may share a batch."""
+        return request.model, self._runner.models.engine.compatibility(request), self._sizes.bucket(request)
 
     def claimed(self, claim: Claim) -> None:
         """All messages of a claim were received."""
@@ -422,8 +425,15 @@ class Intake:
         return (
             item.id in state.revoked
             or (expires is not None and now >= expires)
-            or (item.request is not None and item.request.expired(now))
+            or (item.request is not None and item.request.expired(now + self._at_least(item)))
         )
+
+    def _at_least(self, item: InFlight) -> float:
+        """How many seconds a request that waits will take to run, going by the quickest of its like."""
+        request = item.request
+        if request is None or request.deadline is None or item.started:
+            return 0.0
+        return self._batcher.least_duration(self._key(request))
 
     def _unwanted(self, item: InFlight, now: float) -> bool:
         """End a request nobody wants any longer; ``False`` where it is still wanted."""
@@ -434,6 +444,8 @@ class Intake:
             self._revoke(item, Cancelled("the task expired before it was started"), expired=True)
         elif item.request is not None and item.request.expired(now):
             self._fail(item, self._late(item, item.request))
+        elif item.request is not None and item.request.expired(now + (takes := self._at_least(item))):
+            self._fail(item, DeadlineExceeded(f"the deadline cannot be met: such requests take {takes:.3f} s or more"))
         else:
             return False
         return True
