@@ -33,7 +33,7 @@ BUFFER_LIMIT = 2048
 GROUP = "task"
 
 SERIALIZER = "muai-json"
-"""JSON for whoever reads it, written by a faster encoder: with Celery's own, events were a quarter of a worker's cost."""
+"""JSON to whoever reads it, by a faster encoder: with Celery's own, events were a quarter of a worker's cost."""
 
 register(SERIALIZER, wire.dumps, None, content_type="application/json", content_encoding="utf-8")
 

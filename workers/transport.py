@@ -260,7 +260,7 @@ def refusal(message: Claimed, error: UndecodableMessage) -> Outcome:
     task_id = headers.get("id")
     if not isinstance(task_id, str) or not task_id:
         return Outcome(message.lease, dead_reason=reason)
-    record = wire.failure_meta(task_id, error, done=wire.now_iso())
+    record = wire.failure_meta(task_id, error)
     return Outcome(
         message.lease,
         result_key=keys.result_key(task_id),
