@@ -164,7 +164,7 @@ def main() -> None:
     print(f"idle_worker_cpu_percent: {idle_percent:.2f}")
 
 
-DRAMATIQ = ["dramatiq", "tests.benchmarks.plain_dramatiq", "-p", "1", "-t", "16"]
+DRAMATIQ = ["dramatiq", "tests.benchmarks.plain_dramatiq", "-p", "1", "-t", "32"]
 
 
 def plain_side(worker: psutil.Process, broker: psutil.Process, count: int, idle: int) -> Side:
