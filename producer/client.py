@@ -231,7 +231,7 @@ class Client:
 
     def cancel(self, request_id: str) -> bool:
         """Cancel a request: its caller gets :class:`~shared.errors.Cancelled`. ``False`` where it had ended before."""
-        record = wire.failure_meta(request_id, Cancelled(), status="REVOKED", done=wire.now_iso())
+        record = wire.failure_meta(request_id, Cancelled(), status="REVOKED")
         with broker_errors(self._fleet, "cancel"):
             cancelled = self._cancel(
                 keys=[keys.result_key(request_id), keys.CANCELLED], args=[record, self._fleet.result_expires_seconds]

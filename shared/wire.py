@@ -81,11 +81,6 @@ def encode_request(
     )
 
 
-def now_iso() -> str:
-    """The time as Celery writes it into results: ISO 8601, UTC."""
-    return datetime.now(UTC).isoformat()
-
-
 def dumps(value: Any) -> bytes:
     """JSON, compact."""
     return orjson.dumps(value)
@@ -140,18 +135,17 @@ def success_meta(
     task_id: str,
     result: Mapping[str, Any],
     *,
-    done: str,
     extra: Mapping[str, Any] | None = None,
     children: Sequence[Any] = (),
 ) -> bytes:
-    """Celery's result record of a success. ``done`` is an ISO 8601 time."""
+    """Celery's result record of a success that happened now."""
     return orjson.dumps(
         {
             "status": "SUCCESS",
             "result": result,
             "traceback": None,
             "children": children,
-            "date_done": done,
+            "date_done": datetime.now(UTC),
             "task_id": task_id,
             **(extra or {}),
         }
@@ -159,9 +153,9 @@ def success_meta(
 
 
 def failure_meta(
-    task_id: str, error: BaseException, *, done: str, status: str = "FAILURE", extra: Mapping[str, Any] | None = None
+    task_id: str, error: BaseException, *, status: str = "FAILURE", extra: Mapping[str, Any] | None = None
 ) -> bytes:
-    """Celery's result record of a failure, a retry or a revocation, as its JSON serializer writes exceptions."""
+    """Celery's result record of a failure, a retry or a revocation now, as its JSON serializer writes exceptions."""
     return orjson.dumps(
         {
             "status": status,
@@ -172,7 +166,7 @@ def failure_meta(
             },
             "traceback": None,
             "children": [],
-            "date_done": done,
+            "date_done": datetime.now(UTC),
             "task_id": task_id,
             **(extra or {}),
         }

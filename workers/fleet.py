@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import platform
@@ -104,6 +105,10 @@ class Fleet:
         for runner in self._runners:
             runner.loaded.wait()
         self.devices.start(self.fail)
+        # What is loaded by now stays. Each full collection would look at all of it again, and hold every thread up for
+        # as long as that takes.
+        gc.collect()
+        gc.freeze()
 
     def _installed(self, engines: Sequence[EngineName]) -> list[EngineName]:
         """Those of the engines whose libraries are here."""

@@ -96,9 +96,9 @@ class InFlight:
             data, args = args[0], []
         if not isinstance(data, dict):
             raise BadRequest(f"{TASK_NAME} needs the keyword argument request, an object")
-        unknown = sorted(set(kwargs) - {"request"})
+        unknown = kwargs.keys() - {"request"}
         if unknown:
-            raise BadRequest(f"{TASK_NAME} takes no argument named {', '.join(unknown)}")
+            raise BadRequest(f"{TASK_NAME} takes no argument named {', '.join(sorted(unknown))}")
         data = {**data, "id": data.get("id") or self.id}
         if args:
             data["inputs"] = inputs_from_previous(data.get("inputs"), args[0])

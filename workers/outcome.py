@@ -17,19 +17,19 @@ from workers.inflight import InFlight
 
 def succeeded(item: InFlight, result: Mapping[str, Any], children: list[Any] | None = None) -> Outcome:
     """The request was answered."""
-    record = wire.success_meta(item.id, result, done=wire.now_iso(), extra=item.record_extra(), children=children or ())
+    record = wire.success_meta(item.id, result, extra=item.record_extra(), children=children or ())
     return Outcome(item.lease, result_key=_result_key(item), record=record, reply=item.reply)
 
 
 def failed(item: InFlight, error: FleetError, *, dead_reason: str = "") -> Outcome:
     """The request failed for good; with ``dead_reason`` its message is kept among the dead letters."""
-    record = wire.failure_meta(item.id, error, done=wire.now_iso(), extra=item.record_extra())
+    record = wire.failure_meta(item.id, error, extra=item.record_extra())
     return Outcome(item.lease, result_key=_result_key(item), record=record, reply=item.reply, dead_reason=dead_reason)
 
 
 def revoked(item: InFlight, error: BaseException) -> Outcome:
     """The request was cancelled, or its ``expires`` passed."""
-    record = wire.failure_meta(item.id, error, status="REVOKED", done=wire.now_iso(), extra=item.record_extra())
+    record = wire.failure_meta(item.id, error, status="REVOKED", extra=item.record_extra())
     return Outcome(item.lease, result_key=_result_key(item), record=record, reply=item.reply)
 
 
@@ -51,7 +51,7 @@ def hopped(
     message = wire.amended(item.envelope(queue), header=header, retries=retries)
     record: bytes | str = ""
     if error is not None:
-        record = wire.failure_meta(item.id, error, status="RETRY", done=wire.now_iso(), extra=item.record_extra())
+        record = wire.failure_meta(item.id, error, status="RETRY", extra=item.record_extra())
     return Outcome(
         item.lease,
         result_key=_result_key(item) if record else "",

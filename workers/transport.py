@@ -246,6 +246,12 @@ class Channel(kombu_redis.Channel):
             return
         self.connection._deliver(envelope, queue)
 
+    def _put_fanout(self, exchange: str, message: dict[str, Any], routing_key: str, **options: Any) -> None:
+        """Publish to whoever listens. What worker and dispatcher say is JSON that needs nothing of kombu's encoder."""
+        with self.conn_or_acquire() as client:
+            for topic in self._get_publish_topics(exchange, routing_key):
+                client.publish(topic, wire.dumps(message))
+
     def _get(self, queue: str) -> dict[str, Any]:
         claim = self.delivery.claim(queue, 1)
         if not claim.messages:
@@ -271,7 +277,7 @@ def refusal(message: Claimed, error: UndecodableMessage) -> Outcome:
     task_id = headers.get("id")
     if not isinstance(task_id, str) or not task_id:
         return Outcome(message.lease, dead_reason=reason)
-    record = wire.failure_meta(task_id, error, done=wire.now_iso())
+    record = wire.failure_meta(task_id, error)
     return Outcome(
         message.lease,
         result_key=keys.result_key(task_id),
