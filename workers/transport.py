@@ -21,7 +21,8 @@ from kombu.transport import redis as kombu_redis
 
 from shared import keys, wire
 from shared.errors import UndecodableMessage
-from workers.delivery import Claim, Claimed, Delivery, LeaseKeeper, Outcome
+from workers.delivery import Claim, Claimed, Delivery, Outcome
+from workers.leases import LeaseKeeper
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +84,11 @@ class LeaseQoS(kombu_redis.virtual.QoS):
             self._end(Outcome(delivery_tag, dead_reason="rejected: no task of this name, or refused by it"))
 
     def _end(self, outcome: Outcome) -> None:
-        self.channel.delivery.settle([outcome])
-        self.channel.leases.release([outcome.lease])
-        self._quick_ack(outcome.lease)
+        try:
+            self.channel.delivery.settle([outcome])
+        finally:  # where the broker did not take it, the lease lapses: what is not acknowledged runs again
+            self.channel.leases.release([outcome.lease])
+            self._quick_ack(outcome.lease)
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
         """Give everything back that is still open, when the channel closes."""
@@ -152,7 +155,9 @@ class Channel(kombu_redis.Channel):
         if empty:
             self._armed_for |= empty
             self.unanswered += 1
-            connection.send_command("EXISTS", *(name for queue in sorted(empty) for name in keys.lists_of(queue)))
+            names = [name for queue in sorted(empty) for name in keys.lists_of(queue)]
+            # The client library's own check of the connection would take news that has come for its answer.
+            connection.send_command("EXISTS", *names, check_health=False)
 
     def _brpop_read(self, **options: Any) -> bool:
         """Something came on the waiting connection: the answer to the question, or the news of a change."""
