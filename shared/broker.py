@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
+from typing import Protocol
 
 import redis
 from redis.backoff import NoBackoff
@@ -12,12 +13,27 @@ from redis.retry import Retry
 
 from shared.errors import BrokerUnavailable, ConfigurationError
 from shared.masking import masked_url
-from shared.settings import FleetSettings
 
 INCLUDE = "--!include "
 
 
-def connect(fleet: FleetSettings, *, socket_timeout: float | None = None) -> redis.Redis:
+class BrokerTerms(Protocol):
+    """Where the broker is and how long to wait for it: the fleet's settings say it."""
+
+    @property
+    def redis_url(self) -> str:
+        """Its URL, with the password where it has one."""
+
+    @property
+    def connect_timeout_seconds(self) -> float:
+        """Longest wait for a connection."""
+
+    @property
+    def socket_timeout_seconds(self) -> float:
+        """Longest wait for an answer."""
+
+
+def connect(fleet: BrokerTerms, *, socket_timeout: float | None = None) -> redis.Redis:
     """A client of the fleet's broker. Nothing is sent yet; commands fail within the configured time limits.
 
     Commands are not retried by the client library: whoever sends one knows whether it may be sent twice.
@@ -42,7 +58,7 @@ def connect(fleet: FleetSettings, *, socket_timeout: float | None = None) -> red
 
 
 @contextmanager
-def broker_errors(fleet: FleetSettings, doing: str) -> Iterator[None]:
+def broker_errors(fleet: BrokerTerms, doing: str) -> Iterator[None]:
     """Turn the client library's connection errors into one that says what failed and what to do."""
     try:
         yield

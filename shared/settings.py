@@ -394,6 +394,9 @@ class FleetSettings(Section):
         "redis://127.0.0.1:6379/0", pattern="^(redis|rediss|unix)://", description="The broker. REDIS_URL is read too."
     )
     lease_seconds: PositiveSeconds = Field(30.0, description="How long a request stays with a silent worker.")
+    stall_seconds: PositiveSeconds = Field(
+        300.0, description="How long a worker whose loop stands still keeps its requests."
+    )
     sweep_seconds: PositiveSeconds = Field(2.0, description="How often expired leases are looked for.")
     max_deliveries: Positive = Field(3, description="Deliveries after which a request is dead-lettered.")
     queue_capacity: Positive = Field(

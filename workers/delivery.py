@@ -8,10 +8,7 @@ is no longer ours. So a request gets exactly one terminal record wherever a proc
 from __future__ import annotations
 
 import json
-import logging
-import threading
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -20,8 +17,6 @@ import redis
 from shared import keys
 from shared.broker import lua
 from shared.settings import FleetSettings
-
-logger = logging.getLogger(__name__)
 
 SAME = "="
 """In an outcome: the list or the message as it was claimed."""
@@ -119,7 +114,6 @@ class Delivery:
         self._claim = client.register_script(lua("workers", "claim"))
         self._begin = client.register_script(lua("workers", "begin"))
         self._settle = client.register_script(lua("workers", "settle"))
-        self._renew = client.register_script(lua("workers", "renew"))
         self._sweep = client.register_script(lua("workers", "sweep"))
 
     def share_out(self, places: int) -> None:
@@ -173,16 +167,6 @@ class Delivery:
         scores = self._client.zmscore(keys.CANCELLED, [keys.result_key(request_id) for request_id in request_ids])
         return {request_id for request_id, score in zip(request_ids, scores, strict=True) if score is not None}
 
-    def renew(self, leases: Iterable[tuple[str, float | None]]) -> list[str]:
-        """Keep leases, each no longer than its time (seconds since the epoch); return those that are lost."""
-        args: list[str | int] = [self._lease_ms]
-        for lease, last in leases:
-            args.append(lease)
-            args.append(0 if last is None else int(last * 1000))
-        if len(args) == 1:
-            return []
-        return [lease.decode() for lease in self._renew(keys=[keys.LEASE_INDEX], args=args)]
-
     def sweep(self) -> tuple[float | None, list[Swept]]:
         """Take over expired leases and put due delayed messages back.
 
@@ -195,56 +179,3 @@ class Delivery:
             name, _, payload = stored.partition(b"\n")
             taken.append(Swept(lease.decode(), name.decode(), payload))
         return (None if rows[0] < 0 else rows[0] / 1000), taken
-
-
-class LeaseKeeper:
-    """Keeps the leases of this process alive from a thread of its own.
-
-    A lease is kept past its deadline by ``grace`` seconds only: then whoever sweeps tells its caller.
-    """
-
-    def __init__(self, delivery: Delivery, fleet: FleetSettings) -> None:
-        self._delivery = delivery
-        self._interval = fleet.lease_seconds / 3
-        self._held: dict[str, float | None] = {}
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def hold(self, lease: str, deadline: float | None = None) -> None:
-        """Keep ``lease`` until it is released, but not past ``deadline`` (seconds since the epoch)."""
-        with self._lock:
-            self._held[lease] = deadline
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="lease-keeper", daemon=True)
-                self._thread.start()
-
-    def release(self, leases: Iterable[str]) -> None:
-        """Stop keeping these leases."""
-        with self._lock:
-            for lease in leases:
-                self._held.pop(lease, None)
-
-    def close(self) -> None:
-        """Stop the thread. Leases that are still held will expire."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=5)
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._interval):
-            with self._lock:
-                held = list(self._held.items())
-            started = time.monotonic()
-            try:
-                lost = self._delivery.renew(held)
-            except (redis.RedisError, OSError) as error:
-                logger.warning("cannot keep %d leases: %s", len(held), error)
-                continue
-            took = time.monotonic() - started
-            if took > self._interval:
-                logger.warning("keeping %d leases took %.1f s: the broker is slow", len(held), took)
-            with self._lock:
-                really_lost = [lease for lease in lost if self._held.pop(lease, False) is not False]
-            if really_lost:
-                logger.warning("%d leases were lost to another worker", len(really_lost))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,11 +35,12 @@ from shared.settings import Settings
 from workers import outcome
 from workers.batcher import Batch, Batcher, BatchLimits
 from workers.canvas import Canvas
-from workers.delivery import LEFT_OUT_SECONDS, Claim, Delivery, LeaseKeeper, Outcome, Verdict
+from workers.delivery import LEFT_OUT_SECONDS, Claim, Delivery, Outcome, Verdict
 from workers.engines.base import EngineOutput
 from workers.events import TaskObserver
 from workers.fallback import Fallback, FallbackDecision
 from workers.inflight import InFlight
+from workers.leases import LeaseKeeper
 from workers.results import result_of
 from workers.runner import BatchDone, EngineRunner, Event, Finished
 from workers.sizes import TokenEstimator
@@ -74,6 +75,7 @@ class Services:
     live_workers: Callable[[], list[WorkerInfo]]
     refresh: Callable[[], None]
     announce: Callable[[], None]
+    tend: Callable[[], None]
 
 
 Ending = Callable[[], None]
@@ -233,7 +235,7 @@ class Intake:
 
     def _tend(self) -> None:
         """End what runs and is not wanted any longer, and let the engine know."""
-        running = [item for batch in self._running.values() for item in batch.items if not item.ended]
+        running = self._open()
         if not running:
             return
         gone = self._services.delivery.cancelled_among([item.id for item in running])
@@ -245,6 +247,25 @@ class Intake:
                 continue
             self._runner.abort(item)
         self._flush()
+
+    def forget(self, leases: Collection[str]) -> None:
+        """Drop requests that other workers have taken over: what runs is ended, and nothing is answered."""
+        rested = {item for item in self._resting if item.lease in leases}
+        self._resting -= rested
+        waited = self._batcher.remove(lambda item: item.lease in leases)
+        waited += [item for item in self._foreign if item.lease in leases]
+        self._foreign = [item for item in self._foreign if item.lease not in leases]
+        running = [item for item in self._open() if item.lease in leases]
+        for item in running:
+            self._runner.abort(item)
+        for item in rested.union(waited, running):  # one that is to run again may be among what runs as well
+            item.ended = True
+            self._unfinished -= 1
+            self._services.observer.given_back(item)
+
+    def _open(self) -> list[InFlight]:
+        """What was handed to the engine and has no outcome yet."""
+        return [item for batch in self._running.values() for item in batch.items if not item.ended]
 
     # -- batch ------------------------------------------------------------------------------------------------------
 
@@ -515,9 +536,10 @@ class Intake:
         while self._running and time.monotonic() < deadline:
             if not self._reports and not self._done:
                 time.sleep(0.005)
+            self._services.tend()
             self._settle_reports()
         self._settle_reports()
-        left = [item for batch in self._running.values() for item in batch.items if not item.ended]
+        left = self._open()
         for item in left:
             self._end(item, Outcome.give_back(item.lease), lambda: None)
             self._runner.abort(item)

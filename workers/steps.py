@@ -13,6 +13,7 @@ from celery.worker.strategy import default as default_strategy
 
 from shared.errors import ConfigurationError, FleetError
 from workers.fleet import Fleet
+from workers.intake import TEND_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ class IntakeStep(bootsteps.StartStopStep):
     def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
         """The loop is about to run: settle what was left over, then sweep every few seconds."""
         fleet = fleet_of(consumer.app)
+        fleet.tend()
+        hub.call_repeatedly(TEND_SECONDS, fleet.tend)
         for intake in fleet.intakes.values():
             intake.attach(hub)
         interval = fleet.settings.fleet.sweep_seconds

@@ -22,7 +22,8 @@ from kombu.transport import redis as kombu_redis
 
 from shared import keys, wire
 from shared.errors import UndecodableMessage
-from workers.delivery import LEFT_OUT_SECONDS, Claim, Claimed, Delivery, LeaseKeeper, Outcome
+from workers.delivery import LEFT_OUT_SECONDS, Claim, Claimed, Delivery, Outcome
+from workers.leases import LeaseKeeper
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +85,11 @@ class LeaseQoS(kombu_redis.virtual.QoS):
             self._end(Outcome(delivery_tag, dead_reason="rejected: no task of this name, or refused by it"))
 
     def _end(self, outcome: Outcome) -> None:
-        self.channel.delivery.settle([outcome])
-        self.channel.leases.release([outcome.lease])
-        self._quick_ack(outcome.lease)
+        try:
+            self.channel.delivery.settle([outcome])
+        finally:  # where the broker did not take it, the lease lapses: what is not acknowledged runs again
+            self.channel.leases.release([outcome.lease])
+            self._quick_ack(outcome.lease)
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
         """Give everything back that is still open, when the channel closes."""
