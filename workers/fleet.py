@@ -106,7 +106,7 @@ class Fleet:
         for runner in self._runners:
             runner.loaded.wait()
         self.devices.start(self.fail)
-        self.leases.wait(self.settings.fleet.lease_seconds / 3)
+        self.leases.wait()
 
     def _installed(self, engines: Sequence[EngineName]) -> list[EngineName]:
         """Those of the engines whose libraries are here."""

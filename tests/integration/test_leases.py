@@ -31,7 +31,7 @@ def make_keeper(broker: EmbeddedBroker) -> Iterator[Callable[..., LeaseKeeper]]:
             keeper = LeaseKeeper(FleetSettings(**{"redis_url": broker.url, "lease_seconds": LEASE, **changes}))
             stack.callback(keeper.close)
             keeper.start()
-            keeper.wait(30)
+            keeper.wait()
             return keeper
 
         yield make
