@@ -107,7 +107,7 @@ class Fleet:
         for runner in self._runners:
             runner.loaded.wait()
         self.devices.start(self.fail)
-        self.leases.wait(self.settings.fleet.lease_seconds / 3)
+        self.leases.wait()
         # What is loaded by now stays. Each full collection would look at all of it again, and hold every thread up for
         # as long as that takes.
         gc.collect()

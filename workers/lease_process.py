@@ -50,23 +50,26 @@ class Terms:
 
 
 Renew = Callable[[Sequence[tuple[str, int]]], Sequence[str]]
-"""Renews leases, each no longer than its ms since the epoch (0: no such time); returns those that are lost."""
+"""Renews leases, each no longer than its ms since the epoch (0: no such time); returns those that are lost.
+
+Raises :class:`OSError` where the broker does not do it.
+"""
 
 
 class Renewer:
     """Renews what the table holds, for as long as the worker lives, runs and gives signs of life."""
 
-    def __init__(self, terms: Terms, table: LeaseTable, renew: Renew, errors: tuple[type[Exception], ...]) -> None:
+    def __init__(self, terms: Terms, table: LeaseTable, renew: Renew) -> None:
         self._terms = terms
         self._table = table
         self._renew = renew
-        self._errors = errors
         self._interval = terms.lease_seconds / 3
         self._retry = min(RETRY_SECONDS, self._interval / 3)
         self._trouble = ""
 
     def run(self) -> None:
         """Renew every third of the lease's length until the worker is gone."""
+        _say("")
         wait = 0.0
         while not self._worker_ended(wait):
             started = time.monotonic()
@@ -90,8 +93,9 @@ class Renewer:
         trouble = self._not_to_be_kept()
         try:
             for first in range(0, 0 if trouble else len(held), AT_ONCE):
-                self._tell(self._renew(held[first : first + AT_ONCE]))
-        except self._errors as error:
+                for lost in self._renew(held[first : first + AT_ONCE]):
+                    _say(lost)
+        except OSError as error:
             trouble = f"cannot keep leases: {error}"
         if trouble and not self._trouble:
             logger.warning("%s (%d held)", trouble, len(held))
@@ -106,11 +110,11 @@ class Renewer:
             return f"the worker gave no sign of life for {self._terms.stall_seconds:.0f} s: its leases lapse"
         return ""
 
-    def _tell(self, lost: Sequence[str]) -> None:
-        # A worker that reads nothing must not stop this process; what it is not told now it is told next time.
-        for lease in lost:
-            with suppress(BlockingIOError):
-                os.write(OUTPUT, f"{lease}\n".encode())
+
+def _say(line: str) -> None:
+    # A worker that does not listen holds nothing up; what it is not told now it is told next time.
+    with suppress(BlockingIOError, BrokenPipeError):
+        os.write(OUTPUT, f"{line}\n".encode())
 
 
 def _is_stopped(pid: int) -> bool:
@@ -131,19 +135,23 @@ def main() -> None:
     from shared.broker import connect, lua
 
     logging.basicConfig(format="[%(asctime)s: %(levelname)s/lease-process] %(message)s")
-    terms = Terms(**json.loads(sys.stdin.readline()))
+    line = sys.stdin.readline()
+    if not line:
+        return
+    terms = Terms(**json.loads(line))
     os.set_blocking(OUTPUT, False)
     script = connect(terms).register_script(lua("workers", "renew"))
     lease_ms = int(terms.lease_seconds * 1000)
 
     def renew(held: Sequence[tuple[str, int]]) -> list[str]:
         words = [word for entry in held for word in entry]
-        return [lease.decode() for lease in script(keys=[terms.index], args=[lease_ms, *words])]
+        try:
+            return [lease.decode() for lease in script(keys=[terms.index], args=[lease_ms, *words])]
+        except redis.RedisError as error:
+            raise ConnectionError(str(error)) from error
 
     table = LeaseTable(os.fdopen(terms.table, "r+b", buffering=0))
-    with suppress(BrokenPipeError):
-        os.write(OUTPUT, b"\n")
-        Renewer(terms, table, renew, (redis.RedisError, OSError)).run()
+    Renewer(terms, table, renew).run()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from workers.lease_table import LeaseTable
 
 logger = logging.getLogger(__name__)
 
+START_SECONDS = 10.0
 RESTART_SECONDS = 1.0
 """Least time between two starts of the process."""
 
@@ -106,12 +107,12 @@ class LeaseKeeper:
         except OSError as error:
             logger.error("the process that keeps leases cannot be started: %s", error)
 
-    def wait(self, seconds: float) -> None:
-        """Wait until the process keeps what is held, but no longer than this."""
+    def wait(self) -> None:
+        """Wait until the process keeps what is held, but not for ever."""
         if self._process is not None:
             poll = select.poll()
             poll.register(_end(self._process.stdout), select.POLLIN)
-            poll.poll(seconds * 1000)
+            poll.poll(START_SECONDS * 1000)
 
     def tend(self) -> set[str]:
         """Give a sign of life and see to the process. Returns leases that others have; they are not held any longer."""

@@ -96,12 +96,20 @@ def test_a_killed_workers_leases_end_with_it(make_fleet, redis_client: redis.Red
     eventually(lambda: fleet.client.queue_lengths()["fake"] == 1, 10, "the redelivery")
 
 
-def test_a_stopped_worker_keeps_nothing(make_fleet, redis_client: redis.Redis) -> None:
+@pytest.mark.parametrize(
+    ("optimization", "prompt"),
+    [
+        pytest.param({"fake": {"latency_ms": 2500}}, "hello", id="running"),
+        pytest.param({"batcher": {"adaptive_batching": False, "batch_timeout_ms": 2500}}, "hello", id="waiting"),
+        pytest.param({"retry": {"backoff_ms": 2500}}, "!busy once", id="resting"),
+    ],
+)
+def test_a_stopped_worker_keeps_nothing(make_fleet, redis_client: redis.Redis, optimization, prompt: str) -> None:
     """SIGSTOP: its request is taken over and answered by the other. Woken, it drops the request at once."""
-    fleet = make_fleet(fleet=FLEET, optimization={"fake": {"latency_ms": 3000}})
+    fleet = make_fleet(fleet=FLEET, optimization=optimization)
     for _ in range(2):
         fleet.start_worker()
-    handle = fleet.client.submit(ECHO)
+    handle = fleet.client.submit({**ECHO, "inputs": {"prompt": prompt}})
 
     def holder() -> int | None:
         return next((worker.pid for worker in fleet.client.fleet() if worker.in_flight), None)

@@ -34,7 +34,7 @@ def make_keeper(broker: EmbeddedBroker) -> Iterator[Callable[..., LeaseKeeper]]:
                 keeper.hold(lease)
             if not held:
                 keeper.start()
-            keeper.wait(30)
+            keeper.wait()
             return keeper
 
         yield make
