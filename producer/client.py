@@ -23,6 +23,7 @@ from shared.errors import BrokerUnavailable, Cancelled, FleetError, NoEngineAvai
 from shared.registry import WorkerInfo, WorkerRegistry
 from shared.routing import choose, park
 from shared.settings import Settings
+from shared.signing import Signer
 
 REGISTRY_SECONDS = 1.0
 """How old the list of live workers may be when an engine is chosen."""
@@ -55,6 +56,8 @@ class Client:
         self.settings = settings
         self.id = uuid.uuid4().hex
         self._fleet = settings.fleet
+        signer = Signer(settings.fleet.signing_key)
+        self._sign = signer.sign if signer else None
         self._redis = connect(self._fleet)
         self._registry = WorkerRegistry(self._redis, self._fleet.silent_after_seconds)
         self._once = self._redis.register_script(lua("shared", "submit_once"))
@@ -108,8 +111,9 @@ class Client:
         for request in prepared:
             queue = keys.queue_of(self._choose(request))
             message = wire.encode_request(
-                request, queue, sent=now, reply=self._replies.stream, max_bytes=self._fleet.max_payload_bytes
-            )
+                request, queue, sent=now, reply=self._replies.stream, max_bytes=self._fleet.max_payload_bytes,
+                sign=self._sign,
+            )  # fmt: skip
             name = keys.list_of(queue, request.priority.wire)
             if "id" in request.model_fields_set:
                 chosen.append((request.id, name, message))

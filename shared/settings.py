@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from shared.contract import EngineName, Kind
 
@@ -16,6 +16,8 @@ Percent = Annotated[float, Field(ge=0.0, le=100.0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(ge=1)]
 PositiveSeconds = Annotated[float, Field(gt=0.0)]
+SHORTEST_KEY = 16
+
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "fp16", "bf16", "fp32"]
 
 
@@ -388,10 +390,21 @@ class FleetSettings(Section):
     heartbeat_seconds: PositiveSeconds = Field(2.0, description="How often a worker announces itself.")
     result_expires_seconds: Positive = Field(3600, description="How long a result can be read.")
     max_payload_bytes: Positive = Field(4 * 1024 * 1024, description="Largest request accepted.")
+    max_result_bytes: Positive = Field(16 * 1024 * 1024, description="Largest answer kept; a larger one is an error.")
+    signing_key: SecretStr | None = Field(
+        None, description="Sign messages and run signed ones only: keys, separated by commas; the first one signs."
+    )
     dead_letter_capacity: Positive = Field(10_000, description="Most dead letters kept; the oldest go.")
     connect_timeout_seconds: PositiveSeconds = Field(1.0, description="Longest wait for a connection to the broker.")
     socket_timeout_seconds: PositiveSeconds = Field(5.0, description="Longest wait for the broker's answer.")
     send_events: bool = Field(True, description="Publish Celery's task events (Flower, celery-exporter).")
+
+    @field_validator("signing_key")
+    @classmethod
+    def _keys_are_long(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and any(len(key.strip()) < SHORTEST_KEY for key in value.get_secret_value().split(",")):
+            raise ValueError(f"each signing key needs {SHORTEST_KEY} characters or more: openssl rand -hex 32")
+        return value
 
     @property
     def silent_after_seconds(self) -> float:

@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from shutil import rmtree
+from traceback import format_tb
 from typing import Any, ClassVar
 
 from shared.contract import EngineName, Feature, InferenceRequest, Kind, Usage
@@ -262,7 +263,7 @@ class VLLMModel(ContinuousModel):
             return BadRequest(f"vllm refuses the request: {first_line(error)}")
         if isinstance(error, VLLMServerError):
             return EngineBusy(f"vllm: {self._told(error)}")
-        logger.error("vllm failed", exc_info=error)
+        logger.error("vllm failed: %s\n%s", type(error).__name__, "".join(format_tb(error.__traceback__)))
         return EngineError(f"vllm: {self._told(error)}")
 
     def _death(self) -> EngineDied:
