@@ -381,6 +381,14 @@ class FleetSettings(Section):
     redis_url: str = Field(
         "redis://127.0.0.1:6379/0", pattern="^(redis|rediss|unix)://", description="The broker. REDIS_URL is read too."
     )
+    tls_ca_file: str | None = Field(
+        None, description="Authorities that may have signed a rediss:// broker's certificate; null is the system's."
+    )
+    tls_cert_file: str | None = Field(None, description="Our own certificate, where the broker asks for one.")
+    tls_key_file: str | None = Field(None, description="Its key, where that is in a file of its own.")
+    tls_verify: bool = Field(
+        True, description="Check the broker's certificate and name; off, whoever answers is believed."
+    )
     lease_seconds: PositiveSeconds = Field(30.0, description="How long a request stays with a silent worker.")
     sweep_seconds: PositiveSeconds = Field(2.0, description="How often expired leases are looked for.")
     max_deliveries: Positive = Field(3, description="Deliveries after which a request is dead-lettered.")
