@@ -405,6 +405,9 @@ class FleetSettings(Section):
     dead_letter_capacity: Positive = Field(10_000, description="Most dead letters kept; the oldest go.")
     connect_timeout_seconds: PositiveSeconds = Field(1.0, description="Longest wait for a connection to the broker.")
     socket_timeout_seconds: PositiveSeconds = Field(5.0, description="Longest wait for the broker's answer.")
+    remote_control: bool = Field(
+        True, description="Obey Celery's remote control (inspect, revoke, shutdown) and whoever may publish to it."
+    )
     send_events: bool = Field(True, description="Publish Celery's task events (Flower, celery-exporter).")
 
     @field_validator("signing_key")

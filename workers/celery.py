@@ -75,7 +75,7 @@ def create_app(settings: Settings) -> FleetApp:
         worker_concurrency=1,
         worker_prefetch_multiplier=1,
         worker_send_task_events=settings.fleet.send_events,
-        worker_enable_remote_control=True,
+        worker_enable_remote_control=settings.fleet.remote_control,
         worker_cancel_long_running_tasks_on_connection_loss=False,
         worker_enable_prefetch_count_reduction=False,
         worker_hijack_root_logger=True,
