@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 PREFETCH_UNLIMITED = 64
 
-_CORRELATION = re.compile(rb'"correlation_id": ?"([\w.-]{1,128})"')
+_CORRELATION = re.compile(rb'"correlation_id": ?"([^"\\]{1,128})"')
 
 
 class Intake(Protocol):
@@ -294,7 +294,7 @@ def refusal(message: Claimed, error: BadRequest) -> Outcome:
     headers: dict[str, Any] = {}
     if isinstance(error, PayloadTooLarge):  # it is not worth decoding; what names it is behind the body
         found = _CORRELATION.search(message.payload, max(0, len(message.payload) - wire.MAX_HEADER_BYTES))
-        headers = {"id": found[1].decode()} if found else {}
+        headers = {"id": found[1].decode(errors="replace")} if found else {}
     else:
         with suppress(UndecodableMessage):
             named = wire.loads_object(message.payload).get("headers")
