@@ -20,6 +20,9 @@ from shared.errors import BadRequest
 CONTRACT_VERSION = 1
 TASK_NAME = "muai.infer"
 
+DEFAULT_TENANT: Final = "default"
+"""The tenant of requests that name none."""
+
 LATEST: Final = 253402300800.0
 """The end of the year 9999, in seconds since the epoch: no time in a message is later."""
 
@@ -191,7 +194,7 @@ class InferenceRequest(Value):
     conversation_id: Annotated[Name, Field(max_length=256)] | None = None
     priority: Priority = Priority.NORMAL
     deadline: Annotated[float, Field(ge=0.0, le=LATEST)] | None = None
-    tenant: Tenant = "default"
+    tenant: Tenant = DEFAULT_TENANT
     stream: bool = False
 
     @model_validator(mode="after")

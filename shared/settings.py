@@ -207,6 +207,9 @@ class CacheSettings(Section):
     enabled: bool = Field(True, description="Reuse key-value pairs between the turns of a conversation.")
     max_memory_mb: Positive = Field(4096, description="Most memory it may take, in MB.")
     eviction_policy: Literal["lru", "fifo"] = Field("lru", description="Which entry goes first.")
+    shared_between_tenants: bool = Field(
+        False, description="Let a tenant's prompts find what another's left: faster, but times tell what was asked."
+    )
 
 
 class TunerSettings(Section):
