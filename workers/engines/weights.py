@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pickle import UnpicklingError  # noqa: S403  # torch reads weights as data, and says so with this
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
