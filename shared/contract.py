@@ -116,8 +116,8 @@ def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-Name = Annotated[str, AfterValidator(_printable)]
-"""Text that may stand in a key or a line of a log."""
+_PRINTABLE = AfterValidator(_printable)
+"""For text that may stand in a key or a line of a log."""
 
 Tenant = Annotated[str, AfterValidator(_tenant)]
 """Who a request belongs to: part of key names."""
@@ -185,13 +185,13 @@ class InferenceRequest(Value):
     request is no longer worth answering. ``engine_preference`` overrides the fleet's order for this request.
     """
 
-    id: Annotated[Name, Field(min_length=1, max_length=128)] = Field(default_factory=lambda: str(uuid.uuid4()))
-    model: Annotated[Name, Field(min_length=1, max_length=256)]
+    id: Annotated[str, Field(min_length=1, max_length=128), _PRINTABLE] = Field(default_factory=lambda: str(uuid.uuid4()))
+    model: Annotated[str, Field(min_length=1, max_length=256), _PRINTABLE]
     kind: Kind = Kind.GENERATE
     inputs: Inputs
     params: SamplingParams = SamplingParams()
     engine_preference: Annotated[tuple[EngineName, ...], BeforeValidator(_as_tuple)] | None = None
-    conversation_id: Annotated[Name, Field(max_length=256)] | None = None
+    conversation_id: Annotated[str, Field(max_length=256), _PRINTABLE] | None = None
     priority: Priority = Priority.NORMAL
     deadline: Annotated[float, Field(ge=0.0, le=LATEST)] | None = None
     tenant: Tenant = DEFAULT_TENANT
