@@ -185,7 +185,9 @@ class InferenceRequest(Value):
     request is no longer worth answering. ``engine_preference`` overrides the fleet's order for this request.
     """
 
-    id: Annotated[str, Field(min_length=1, max_length=128), _PRINTABLE] = Field(default_factory=lambda: str(uuid.uuid4()))
+    id: Annotated[str, Field(min_length=1, max_length=128), _PRINTABLE] = Field(
+        default_factory=lambda: str(uuid.uuid4())
+    )
     model: Annotated[str, Field(min_length=1, max_length=256), _PRINTABLE]
     kind: Kind = Kind.GENERATE
     inputs: Inputs
