@@ -147,8 +147,9 @@ def decode_envelope(payload: bytes, max_bytes: int | None = None) -> dict[str, A
         )
     if headers.get("compression"):
         raise UndecodableMessage("the message is compressed; compressed messages are not accepted")
-    if headers.get("id") and not usable_id(headers["id"]):
-        raise UndecodableMessage(f"the message's id is not a text of at most {LONGEST_ID} printable characters")
+    for name in ("id", "task"):
+        if headers.get(name) and not usable_id(headers[name]):
+            raise UndecodableMessage(f"the message's {name} is not a text of at most {LONGEST_ID} printable characters")
     if nested_deeper([headers, properties], MAX_HEADER_DEPTH):
         raise UndecodableMessage(f"the message's headers are nested more than {MAX_HEADER_DEPTH} deep")
     body = _body(envelope.get("body"), properties.get("body_encoding"))

@@ -13,6 +13,9 @@ from shared.errors import FleetError
 from workers.delivery import Outcome
 from workers.inflight import InFlight
 
+MOST_RETRIES = 2**31
+"""A sender that says more has not counted."""
+
 
 def succeeded(item: InFlight, result: bytes, children: list[Any] | None = None) -> Outcome:
     """The request was answered; ``result`` is JSON."""
@@ -47,7 +50,7 @@ def hopped(
     queue = keys.queue_of(engine)
     header = {"hops": hops, "sent": item.sent}
     before = item.headers.get("retries")
-    retries = (before if isinstance(before, int) else 0) + (1 if error is not None else 0)
+    retries = (before if isinstance(before, int) and 0 <= before < MOST_RETRIES else 0) + (error is not None)
     message = wire.amended(item.envelope(queue), header=header, retries=retries)
     record: bytes | str = ""
     if error is not None:

@@ -49,8 +49,11 @@ class FleetConsumer(Consumer):
         self.refuse(message, UndecodableMessage(f"the message is not one of a task ({type(exc).__name__})"))
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
-        """What is not JSON, or not what it says it is: of remote control, for tasks are looked at before."""
-        logger.error("a message of type %.100r is passed over: %s", message.content_type, type(exc).__name__)
+        """What is not JSON, or not what it says it is. A command of remote control is passed over."""
+        if message.delivery_info.get("exchange") == "":
+            self.refuse(message, UndecodableMessage("the message names no task, and its body is not JSON"))
+            return
+        logger.error("a command of type %.100r is passed over: %s", message.content_type, type(exc).__name__)
         message.ack()
 
     def refuse(self, message: Any, error: FleetError) -> None:
