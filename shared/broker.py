@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
-from typing import Protocol
 
 import redis
 from redis.backoff import NoBackoff
@@ -13,24 +13,11 @@ from redis.retry import Retry
 
 from shared.errors import BrokerUnavailable, ConfigurationError
 from shared.masking import masked_url
+from shared.tls import BrokerTerms, plain_url, tls_options, unchecked
 
 INCLUDE = "--!include "
 
-
-class BrokerTerms(Protocol):
-    """Where the broker is and how long to wait for it: the fleet's settings say it."""
-
-    @property
-    def redis_url(self) -> str:
-        """Its URL, with the password where it has one."""
-
-    @property
-    def connect_timeout_seconds(self) -> float:
-        """Longest wait for a connection."""
-
-    @property
-    def socket_timeout_seconds(self) -> float:
-        """Longest wait for an answer."""
+logger = logging.getLogger(__name__)
 
 
 def connect(fleet: BrokerTerms, *, socket_timeout: float | None = None) -> redis.Redis:
@@ -39,15 +26,18 @@ def connect(fleet: BrokerTerms, *, socket_timeout: float | None = None) -> redis
     Commands are not retried by the client library: whoever sends one knows whether it may be sent twice.
     Raises :class:`ConfigurationError` for a URL that cannot be read.
     """
+    if unchecked(fleet):
+        logger.warning("the broker's certificate is not checked (fleet.tls_verify): whoever answers is believed")
     try:
         return redis.Redis.from_url(
-            fleet.redis_url,
+            plain_url(fleet.redis_url),
             socket_connect_timeout=fleet.connect_timeout_seconds,
             socket_timeout=socket_timeout if socket_timeout is not None else fleet.socket_timeout_seconds,
             socket_keepalive=True,
             health_check_interval=0,
             retry=Retry(NoBackoff(), 0),
             protocol=2,
+            **tls_options(fleet),
         )
     except ValueError:
         # What it says may hold a part of the password: an unescaped one is the usual reason.

@@ -75,6 +75,14 @@ class UndecodableMessage(BadRequest):
     """A message on the queue could not be decoded."""
 
 
+class WrongSignature(UndecodableMessage):
+    """The message's signature is wrong."""
+
+
+class AnswerTooLarge(BadRequest):
+    """The answer is larger than this fleet keeps."""
+
+
 class UnknownModel(BadRequest):
     """No such model is declared."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from shared.contract import EngineName, Kind
 
@@ -17,6 +17,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(ge=1)]
 PositiveNumber = Annotated[float, Field(gt=0.0)]
 PositiveSeconds = PositiveNumber
+SHORTEST_KEY = 16
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "fp16", "bf16", "fp32"]
 
 
@@ -206,6 +207,9 @@ class CacheSettings(Section):
     enabled: bool = Field(True, description="Reuse key-value pairs between the turns of a conversation.")
     max_memory_mb: Positive = Field(4096, description="Most memory it may take, in MB.")
     eviction_policy: Literal["lru", "fifo"] = Field("lru", description="Which entry goes first.")
+    shared_between_tenants: bool = Field(
+        False, description="Let a tenant's prompts find what another's left: faster, but times tell what was asked."
+    )
 
 
 class TunerSettings(Section):
@@ -393,6 +397,14 @@ class FleetSettings(Section):
     redis_url: str = Field(
         "redis://127.0.0.1:6379/0", pattern="^(redis|rediss|unix)://", description="The broker. REDIS_URL is read too."
     )
+    tls_ca_file: str | None = Field(
+        None, description="Authorities that may have signed a rediss:// broker's certificate; null is the system's."
+    )
+    tls_cert_file: str | None = Field(None, description="Our own certificate, where the broker asks for one.")
+    tls_key_file: str | None = Field(None, description="Its key, where that is in a file of its own.")
+    tls_verify: bool = Field(
+        True, description="Check the broker's certificate and name; off, whoever answers is believed."
+    )
     lease_seconds: PositiveSeconds = Field(30.0, description="How long a request stays with a silent worker.")
     stall_seconds: PositiveSeconds = Field(
         300.0, description="How long a worker whose loop stands still keeps its requests."
@@ -411,10 +423,24 @@ class FleetSettings(Section):
     heartbeat_seconds: PositiveSeconds = Field(2.0, description="How often a worker announces itself.")
     result_expires_seconds: Positive = Field(3600, description="How long a result can be read.")
     max_payload_bytes: Positive = Field(4 * 1024 * 1024, description="Largest request accepted.")
+    max_result_bytes: Positive = Field(16 * 1024 * 1024, description="Largest answer kept; a larger one is an error.")
+    signing_key: SecretStr | None = Field(
+        None, description="Sign messages and run signed ones only: keys, separated by commas; the first one signs."
+    )
     dead_letter_capacity: Positive = Field(10_000, description="Most dead letters kept; the oldest go.")
     connect_timeout_seconds: PositiveSeconds = Field(1.0, description="Longest wait for a connection to the broker.")
     socket_timeout_seconds: PositiveSeconds = Field(5.0, description="Longest wait for the broker's answer.")
+    remote_control: bool = Field(
+        True, description="Obey Celery's remote control (inspect, revoke, shutdown) and whoever may publish to it."
+    )
     send_events: bool = Field(True, description="Publish Celery's task events (Flower, celery-exporter).")
+
+    @field_validator("signing_key")
+    @classmethod
+    def _keys_are_long(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and any(len(key.strip()) < SHORTEST_KEY for key in value.get_secret_value().split(",")):
+            raise ValueError(f"each signing key needs {SHORTEST_KEY} characters or more: openssl rand -hex 32")
+        return value
 
     @property
     def silent_after_seconds(self) -> float:

@@ -21,6 +21,7 @@ from shared.contract import EngineName
 from shared.errors import ConfigurationError, FleetError, MissingDependency
 from shared.registry import EngineInfo, WorkerInfo, WorkerRegistry
 from shared.settings import Settings
+from shared.signing import Signer
 from workers.canvas import Canvas
 from workers.delivery import Delivery
 from workers.devices.devices import Devices
@@ -70,7 +71,9 @@ class Fleet:
         """What the transport needs of us, and time limits on its connections."""
         fleet = self.settings.fleet
         return {
-            "services": TransportServices(self.delivery, self.leases, self.intakes),
+            "services": TransportServices(
+                self.delivery, self.leases, self.intakes, Signer(fleet.signing_key), fleet.max_payload_bytes
+            ),
             "socket_timeout": fleet.socket_timeout_seconds,
             "socket_connect_timeout": fleet.connect_timeout_seconds,
             "socket_keepalive": True,

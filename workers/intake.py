@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from functools import partial
+from traceback import format_tb
 from typing import Any
 
 import redis
@@ -23,11 +24,11 @@ from vine import promise
 from shared import wire
 from shared.contract import EngineName, InferenceRequest
 from shared.errors import (
+    AnswerTooLarge,
     Cancelled,
     DeadlineExceeded,
     EngineError,
     FleetError,
-    PayloadTooLarge,
     UndecodableMessage,
 )
 from shared.registry import WorkerInfo
@@ -89,6 +90,7 @@ BROKER_ERRORS = (redis.RedisError, OperationalError, OSError)
 class _Ended:
     """An outcome to write, what must be done before it is, and what follows."""
 
+    item: InFlight
     outcome: Outcome
     ending: Ending
     before: Ending | None = None
@@ -155,9 +157,7 @@ class Intake:
     def receive(self, message: Any) -> None:
         """Take one claimed message over from kombu: from here on only its lease counts."""
         message.channel.qos.take(message.delivery_tag)
-        body = message.body
-        if message.headers.get("compression"):
-            body = wire.dumps(message.payload)
+        body = message.body if isinstance(message.body, str) else message.body.decode()
         item = InFlight(message.delivery_tag, self.queue, message.headers, message.properties, body, time.time())
         self._services.leases.hold(item.lease)
         self._unfinished += 1
@@ -167,16 +167,12 @@ class Intake:
             self._end(item, outcome.failed(item, error, dead_reason=str(error)), lambda: None)
         except FleetError as error:
             self._fail(item, error)
-        except Exception as error:  # the boundary: no message may stop the loop that takes all the others
-            logger.exception("request %s could not be taken in", item.id)
+        except Exception as error:  # noqa: BLE001  # the boundary: no message may stop the loop that takes all the others
+            logger.error("request %s could not be taken in: %s\n%s", item.id, type(error).__name__, _frames(error))
             self._fail(item, FleetError(f"the request could not be taken in: {type(error).__name__}"))
 
     def _admit(self, item: InFlight) -> None:
-        largest = self._services.settings.fleet.max_payload_bytes
-        if len(item.body) > largest:
-            raise PayloadTooLarge(
-                f"the request is {len(item.body)} bytes; at most {largest} are accepted (fleet.max_payload_bytes)"
-            )
+        wire.check_size(len(item.body.encode()), self._services.settings.fleet.max_payload_bytes)
         eta = item.eta
         if eta is not None and eta > item.claimed:
             self._end(item, outcome.delayed(item.lease, eta), lambda: None)
@@ -377,9 +373,14 @@ class Intake:
             raise ConnectionError(str(error)) from error
         except BROKER_ERRORS:
             raise
-        except Exception as error:  # the boundary: an answer or a canvas that cannot be written is its own failure
-            logger.exception("the outcome of request %s cannot be written", item.id)
-            self._fail(item, EngineError(f"the {self.engine} engine's answer cannot be written: {error}"))
+        except Exception as error:  # noqa: BLE001  # the boundary: what cannot be written is its own request's failure
+            # Its text may quote what the engine was given or has answered.
+            logger.error(
+                "the outcome of request %s cannot be written: %s\n%s", item.id, type(error).__name__, _frames(error)
+            )
+            self._fail(
+                item, EngineError(f"the {self.engine} engine's answer cannot be written: {type(error).__name__}")
+            )
 
     def _try_again(self, item: InFlight, error: FleetError) -> bool:
         """Let a request that met a passing error run again here after a pause; ``False`` where it has had enough."""
@@ -407,11 +408,16 @@ class Intake:
         if item.request is not None:
             self._sizes.learn(item.request, output.usage.prompt_tokens)
         result = result_of(done, output, self.engine, self._services.worker_id, now)
+        encoded, most = wire.dumps(result), self._services.settings.fleet.max_result_bytes
+        if len(encoded) > most:
+            raise AnswerTooLarge(
+                f"the answer is {len(encoded)} bytes; at most {most} are kept (fleet.max_result_bytes): ask for less"
+            )
         children = self._services.canvas.succeeded(item, result)
         observer = self._services.observer
         self._end(
             item,
-            outcome.succeeded(item, result, children),
+            outcome.succeeded(item, encoded, children),
             lambda: observer.succeeded(item, result, now - item.started),
         )
 
@@ -486,7 +492,7 @@ class Intake:
 
     def _end(self, item: InFlight, ended: Outcome, ending: Ending, before: Ending | None = None) -> None:
         item.ended = True
-        self._outbox.append(_Ended(ended, ending, before))
+        self._outbox.append(_Ended(item, ended, ending, before))
 
     def _flush(self) -> None:
         """Write every outcome that waits. Where the broker fails they stay, and are written when it is back."""
@@ -494,12 +500,15 @@ class Intake:
             chunk = self._outbox[:SETTLE_CHUNK]
             for ended in chunk:
                 self._prepare(ended)
-            self._services.delivery.settle([ended.outcome for ended in chunk])
+            written = self._services.delivery.settle([ended.outcome for ended in chunk])
             del self._outbox[: len(chunk)]
             self._services.leases.release([ended.outcome.lease for ended in chunk])
             self._unfinished -= len(chunk)
-            for ended in chunk:
-                ended.ending()
+            for ended, stands in zip(chunk, written, strict=True):
+                if stands:
+                    ended.ending()
+                else:  # another worker has it, or it had its answer before
+                    self._services.observer.given_back(ended.item)
 
     def _prepare(self, ended: _Ended) -> None:
         """Do what comes before an outcome, once; where the broker fails it is tried again when it is back."""
@@ -551,6 +560,10 @@ class Intake:
         self._take_done()
         self._take_reports()
         self._flush()
+
+
+def _frames(error: BaseException) -> str:
+    return "".join(format_tb(error.__traceback__))
 
 
 def limits_of(settings: Settings) -> BatchLimits:

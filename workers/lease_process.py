@@ -42,6 +42,10 @@ class Terms:
     redis_url: str
     connect_timeout_seconds: float
     socket_timeout_seconds: float
+    tls_ca_file: str | None
+    tls_cert_file: str | None
+    tls_key_file: str | None
+    tls_verify: bool
     lease_seconds: float
     stall_seconds: float
     index: str

@@ -5,7 +5,6 @@ Nothing here talks to the broker; :class:`workers.delivery.Delivery` writes what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from shared import keys, wire
@@ -14,9 +13,12 @@ from shared.errors import FleetError
 from workers.delivery import Outcome
 from workers.inflight import InFlight
 
+MOST_RETRIES = 2**31
+"""A sender that says more has not counted."""
 
-def succeeded(item: InFlight, result: Mapping[str, Any], children: list[Any] | None = None) -> Outcome:
-    """The request was answered."""
+
+def succeeded(item: InFlight, result: bytes, children: list[Any] | None = None) -> Outcome:
+    """The request was answered; ``result`` is JSON."""
     record = wire.success_meta(item.id, result, extra=item.record_extra(), children=children or ())
     return Outcome(item.lease, result_key=_result_key(item), record=record, reply=item.reply)
 
@@ -47,7 +49,8 @@ def hopped(
         hops.append(hop.model_dump(mode="json", exclude_defaults=True))
     queue = keys.queue_of(engine)
     header = {"hops": hops, "sent": item.sent}
-    retries = int(item.headers.get("retries") or 0) + (1 if error is not None else 0)
+    before = item.headers.get("retries")
+    retries = (before if isinstance(before, int) and 0 <= before < MOST_RETRIES else 0) + (error is not None)
     message = wire.amended(item.envelope(queue), header=header, retries=retries)
     record: bytes | str = ""
     if error is not None:

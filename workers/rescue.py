@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from shared import keys, wire
 from shared.contract import EngineName
-from shared.errors import DeadlineExceeded, EngineOutage, FleetError, NoEngineAvailable, UndecodableMessage
+from shared.errors import BadRequest, DeadlineExceeded, EngineOutage, FleetError, NoEngineAvailable
 from shared.registry import WorkerInfo
 from shared.settings import Settings
 from workers import outcome
@@ -38,6 +38,7 @@ class Rescuer:
     ) -> None:
         self._delivery = delivery
         self._after = settings.fleet.rescue_after_seconds
+        self._max_bytes = settings.fleet.max_payload_bytes
         self._live_workers = live_workers
         self._due: dict[EngineName, float] = {}
         self._fallbacks = {
@@ -78,26 +79,26 @@ class Rescuer:
     def judge(self, engine: EngineName, message: Claimed, now: float) -> Outcome:
         """Where one message goes. ``now`` is in seconds since the epoch."""
         try:
-            envelope = wire.decode_envelope(message.payload)
+            envelope = wire.decode_envelope(message.payload, self._max_bytes)
             item = InFlight(
                 message.lease, keys.queue_of(engine), envelope["headers"], envelope["properties"], envelope["body"], now
             )
             args, kwargs, item.embed = item.decode()
-        except UndecodableMessage as error:
+        except BadRequest as error:
             return Outcome(message.lease, dead_reason=str(error))
-        if item.eta is not None and item.eta > now:
-            return outcome.delayed(item.lease, item.eta)
         gone = EngineOutage(f"no live worker serves the {engine} queue")
         try:
+            if item.eta is not None and item.eta > now:
+                return outcome.delayed(item.lease, item.eta)
             item.request = request = item.validated(args, kwargs)
             if request.expired(now):
                 raise DeadlineExceeded(f"the request's deadline passed ({gone})")
             decision = self._fallbacks[engine].elsewhere(request, item.hops)
+            if decision.engine is None:
+                due = min(now + decision.pause, item.last_moment() or float("inf"))
+                return outcome.delayed(item.lease, due)
         except NoEngineAvailable:
             return Outcome.give_back(item.lease)
         except FleetError as error:
             return outcome.failed(item, error)
-        if decision.engine is None:
-            due = min(now + decision.pause, item.last_moment() or float("inf"))
-            return outcome.delayed(item.lease, due)
         return outcome.hopped(item, decision.engine, gone, engine, time.time())
