@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ from shared.errors import (
 from shared.registry import WorkerInfo
 from shared.settings import Settings
 from workers import outcome
-from workers.batcher import Batch, Batcher, BatchLimits
+from workers.batcher import Batch, Batcher, BatchLimits, FlushReason
 from workers.canvas import Canvas
 from workers.delivery import Claim, Delivery, LeaseKeeper, Outcome
 from workers.engines.base import EngineOutput
@@ -56,6 +56,9 @@ AHEAD_SHARE = 0.25
 """How much more than can run is claimed for an engine that batches by itself, so that no slot waits for the broker."""
 
 SETTLE_CHUNK = 256
+
+ALONE = "alone"
+"""Key of a batch whose one member runs by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,7 @@ class Intake:
         self._batcher: Batcher[InFlight] = Batcher(self._limits)
         self._running: dict[str, Batch[InFlight]] = {}
         self._resting: set[InFlight] = set()
+        self._alone: InFlight | None = None  # waits for the end of what runs, or runs by itself
         self._reports: deque[Event] = deque()
         self._done: deque[BatchDone] = deque()
         self._outbox: list[_Ended] = []
@@ -129,7 +133,7 @@ class Intake:
 
     def room(self) -> int:
         """How many more requests could start soon: nothing is claimed that another worker could run earlier."""
-        if not self.accepting or not self._runner.loaded.is_set():
+        if not self.accepting or not self._runner.loaded.is_set() or self._alone is not None:
             return 0
         if self._runner.continuous:
             return self._slots - len(self._running) - len(self._batcher)
@@ -190,7 +194,13 @@ class Intake:
         self._wait(item, request, item.claimed)
 
     def _wait(self, item: InFlight, request: InferenceRequest, now: float) -> None:
-        key = (request.model, self._runner.models.engine.compatibility(request), self._sizes.bucket(request))
+        key: Hashable = (request.model, self._runner.models.engine.compatibility(request), self._sizes.bucket(request))
+        if 0 < item.deliveries >= self._services.settings.fleet.max_deliveries - 1:
+            # The last try of what may be what its workers died of is made alone: it takes nobody along.
+            key = ALONE
+            if self._alone is None:
+                self._alone = item
+                return
         self._batcher.add(item, key, item.tokens, now)
 
     def claimed(self, claim: Claim) -> None:
@@ -226,6 +236,9 @@ class Intake:
     def pump(self) -> None:
         """Start what is due, where the engine has room; otherwise come back when something is."""
         now = time.time()
+        if self._alone is not None:
+            self._pump_alone(self._alone, now)
+            return
         if len(self._running) < self._slots and len(self._batcher):
             for item in self._batcher.remove(lambda item: self._is_unwanted(item, now)):
                 self._unwanted(item, now)
@@ -236,6 +249,15 @@ class Intake:
         if due is not None and due < self._timer_at and self._hub is not None:
             self._timer_at = due
             self._hub.call_later(max(0.0, due - now), self._on_timer)
+
+    def _pump_alone(self, item: InFlight, now: float) -> None:
+        """Start it once nothing else is in this worker's hands."""
+        self._put_back(self._batcher.drain())
+        if not self._running and self._unwanted(item, now):
+            self._alone = None
+        self._flush()  # before it starts: nothing of what was put back is to be lost with this worker
+        if not self._running and self._alone is not None:
+            self._start(Batch(ALONE, [item], item.tokens, FlushReason.SIZE, now - item.claimed), now)
 
     def _on_timer(self) -> None:
         self._timer_at = float("inf")
@@ -272,7 +294,11 @@ class Intake:
         me = self._services.worker_id
         if not any(self.queue in worker.queues for worker in self._services.live_workers() if worker.id != me):
             return
-        for item in reversed(self._batcher.drain()):
+        self._put_back(self._batcher.drain())
+
+    def _put_back(self, items: Sequence[InFlight]) -> None:
+        """Return these to the front of the queue, in the order in which they came."""
+        for item in reversed(items):
             self._end(item, Outcome.give_back(item.lease), partial(self._services.observer.given_back, item))
 
     # -- run and settle ---------------------------------------------------------------------------------------------
@@ -299,7 +325,10 @@ class Intake:
         while self._done:
             done = self._done.popleft()
             del self._running[done.batch.items[0].lease]
-            self._batcher.finished(done.batch.key, len(done.batch.items), done.seconds)
+            if done.batch.key == ALONE:
+                self._alone = None
+            else:
+                self._batcher.finished(done.batch.key, len(done.batch.items), done.seconds)
 
     def _take_reports(self) -> None:
         while self._reports:
@@ -471,8 +500,10 @@ class Intake:
         self.accepting = False
         waiting = [*self._batcher.drain(), *self._resting]
         self._resting.clear()
-        for item in reversed(waiting):
-            self._end(item, Outcome.give_back(item.lease), partial(self._services.observer.given_back, item))
+        if self._alone is not None and self._alone.lease not in self._running:
+            waiting.append(self._alone)
+            self._alone = None
+        self._put_back(waiting)
         self._flush()
 
     def finish(self, deadline: float) -> None:

@@ -70,6 +70,7 @@ class Ledger:
         self.records: dict[str, list[Ended]] = {}
         self.hops: Counter[str] = Counter()
         self._expected: dict[str, str] = {}
+        self._looked_up: dict[str, bytes] = {}
         self._executions: list[Execution] = []
         self._read = 0
         self._file = (folder / "ledger.log").open("a")
@@ -104,17 +105,30 @@ class Ledger:
                 self._expected[request_id] = answer
                 self._note("accepted", request_id, now, answer)
 
-    def _end(self, record: bytes) -> None:
+    def _heard(self, record: bytes) -> None:
+        """The broker tells of a record."""
         data = orjson.loads(record)
-        if data["status"] not in TERMINAL:
-            with self._lock:
-                self.hops[data["task_id"]] += 1
-                self._note("hopped", data["task_id"], time.time(), "")
-            return
-        ended = Ended(answer_of(data), time.time())
+        request_id = data["task_id"]
         with self._lock:
-            self.records.setdefault(data["task_id"], []).append(ended)
-            self._note("ended", data["task_id"], ended.at, ended.answer)
+            if data["status"] not in TERMINAL:
+                self.hops[request_id] += 1
+                self._note("hopped", request_id, time.time(), "")
+            elif self._looked_up.pop(request_id, None) != record:
+                self._end(request_id, data)
+
+    def _found(self, record: bytes) -> None:
+        """A record is stored of which the broker has not told, or not yet."""
+        data = orjson.loads(record)
+        request_id = data["task_id"]
+        with self._lock:
+            if data["status"] in TERMINAL and request_id not in self.records:
+                self._looked_up[request_id] = record
+                self._end(request_id, data)
+
+    def _end(self, request_id: str, data: Mapping[str, Any]) -> None:
+        ended = Ended(answer_of(data), time.time())
+        self.records.setdefault(request_id, []).append(ended)
+        self._note("ended", request_id, ended.at, ended.answer)
 
     def _note(self, event: str, request_id: str, at: float, answer: str) -> None:
         self._file.write(json.dumps([event, request_id, round(at, 4), answer]) + "\n")
@@ -130,7 +144,7 @@ class Ledger:
                 while not self._closed.is_set():
                     message = listener.get_message(timeout=0.2)
                     if message is not None:
-                        self._end(message["data"])
+                        self._heard(message["data"])
             except (redis.RedisError, OSError):
                 self._closed.wait(0.01)
             finally:
@@ -151,13 +165,6 @@ class Ledger:
                 if record is not None:
                     self._found(record)
         return self.open()
-
-    def _found(self, record: bytes) -> None:
-        data = orjson.loads(record)
-        with self._lock:
-            heard = data["task_id"] in self.records
-        if data["status"] in TERMINAL and not heard:
-            self._end(record)
 
     def ended_at(self, request_id: str) -> float | None:
         """When the id got its first terminal record."""
