@@ -20,7 +20,9 @@ from tests.faults.suite import SCENARIOS
 
 def main() -> int:
     """Run the scenarios that were asked for."""
-    parser = argparse.ArgumentParser(prog="make faults", description="Break the fleet on purpose and see what comes of it.")
+    parser = argparse.ArgumentParser(
+        prog="make faults", description="Break the fleet on purpose and see what comes of it."
+    )
     parser.add_argument("--only", default="", help="names of scenarios, with commas: " + ", ".join(SCENARIOS))
     parser.add_argument("--minutes", type=float, default=30.0, help="length of the soak")
     parser.add_argument("--short", action="store_true", help="the size that runs with the tests")

@@ -24,8 +24,8 @@ from tests.faults import worker
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([
-    "tests.faults.worker", "celery.bin.celery", "celery.apps.worker", "celery.worker.components",
-    "celery.worker.autoscale", "celery.concurrency.solo", "celery.worker.consumer.delayed_delivery",
+    "tests.faults.worker", "workers.celery", "workers.transport", "celery.bin.celery", "celery.apps.worker",
+    "celery.worker.components", "celery.worker.autoscale", "celery.concurrency.solo", "celery.worker.consumer.delayed_delivery",
     "celery.backends.redis", "celery.app.amqp", "celery.app.control", "celery.app.events", "celery.app.log",
     "celery.fixups.django", "celery.loaders.app",
 ])  # fmt: skip
@@ -39,6 +39,7 @@ class Member:
 
     def __init__(self, queues: str, number: int, environ: dict[str, str], folder: Path) -> None:
         self.queues = queues
+        self.number = number
         self.environ = environ
         self.log = folder / f"worker-{number}.log"
         self.started = time.time()
@@ -68,7 +69,7 @@ class Member:
 
 
 class Crew:
-    """The workers of a fleet. Where ``respawning`` is on, one that ends is replaced at once by another like it."""
+    """The workers of a fleet. Where ``respawning`` is on, one that ends is replaced at once by another of its name."""
 
     def __init__(self, folder: Path, environ: dict[str, str], client: Client) -> None:
         self.members: list[Member] = []
@@ -76,7 +77,7 @@ class Crew:
         self._folder = folder
         self._environ = environ
         self._client = client
-        self._started = 0
+        self._numbers = 0
         self._lock = threading.RLock()
         self._closed = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
@@ -95,7 +96,7 @@ class Crew:
     def start(self, count: int, queues: str = "fake", **environ: str) -> list[Member]:
         """Start so many workers and wait until the fleet knows them."""
         with self._lock:
-            started = [self._add(queues, {**self._environ, **environ}) for _ in range(count)]
+            started = [self._add(queues, self._new_number(), {**self._environ, **environ}) for _ in range(count)]
         self.wait_live(started)
         return started
 
@@ -124,7 +125,7 @@ class Crew:
 
         def ended() -> bool:
             with self._lock:
-                return not any([member.alive() for member in members])
+                return not sum(member.alive() for member in members)
 
         eventually(ended, timeout, "the workers' end")
 
@@ -138,9 +139,12 @@ class Crew:
         finally:
             self.signal(signal.SIGKILL)
 
-    def _add(self, queues: str, environ: dict[str, str]) -> Member:
-        member = Member(queues, self._started, environ, self._folder)
-        self._started += 1
+    def _new_number(self) -> int:
+        self._numbers += 1
+        return self._numbers
+
+    def _add(self, queues: str, number: int, environ: dict[str, str]) -> Member:
+        member = Member(queues, number, environ, self._folder)
         self.members.append(member)
         return member
 
@@ -150,4 +154,4 @@ class Crew:
                 if self.respawning:
                     for dead in [member for member in self.members if not member.alive()]:
                         self.members.remove(dead)
-                        self._add(dead.queues, dead.environ)
+                        self._add(dead.queues, dead.number, dead.environ)

@@ -1,4 +1,4 @@
-"""Workers are killed: while they run requests, in their sleep, at random, between a hop and its end, and by a request."""
+"""Workers are killed: while they run requests, in their sleep, at random, around a hop, and by a request."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """What was asked and what came of it, noted outside the system: the evidence that a fault lost or doubled nothing.
 
 Two append-only files. In the ledger's own each line is one event: an id was accepted (with the answer it ought to get),
-went on to the next engine, or got a terminal record, as the broker tells whoever listens to its results. In the other the workers'
-engines note what they run (:mod:`tests.faults.worker`).
+went on to the next engine, or got a terminal record, as the broker tells whoever listens to its results. In the other
+the workers' engines note what they run (:mod:`tests.faults.worker`).
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,9 +37,9 @@ def broker_killed(folder: Path, *, downs: Sequence[float], ids: int) -> list[Fig
         return [*stage.verdict(), *figures, Figure("requests run twice", repeated(stage.ledger.runs()))]
 
 
-def half_open(folder: Path, *, ids: int, seconds: float, silent: float) -> list[Figure]:
+def half_open(folder: Path, *, ids: int, seconds: float, silent: float, patience: float = 5.0) -> list[Figure]:
     """Connections go silent and nobody is told; first new ones pass, then new ones are silent too until it heals."""
-    with Stage(folder) as stage, Proxy(stage.broker.port) as proxy:
+    with Stage(folder, fleet={"socket_timeout_seconds": patience}) as stage, Proxy(stage.broker.port) as proxy:
         members = stage.crew.start(3, REDIS_URL=proxy.url)
         with stage.load(RATE) as load:
             load.wait_for(ids // 4)

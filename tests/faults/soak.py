@@ -14,30 +14,30 @@ from tests.faults.crew import Member
 from tests.faults.proxy import Mode, Proxy
 from tests.faults.stage import Figure, Stage
 
-RESULTS_SECONDS = 10
-"""How long results are kept here, so that what stays in the broker after that is what would grow."""
-
 SETTLED_REQUESTS = 200
 """A worker has grown to its usual size when it has run so many."""
 
 
-def soak(folder: Path, *, minutes: float, every: float = 30.0, rate: float = 50.0) -> list[Figure]:
+def soak(folder: Path, *, minutes: float, every: float = 30.0, kept: int = 10) -> list[Figure]:
     """Requests flow for so many minutes, and something breaks every so many seconds.
 
-    Growth is what was there at the end over what was there near the start; of a worker that was restarted, over what it
-    had when it was settled again.
+    Results are ``kept`` for so many seconds: what is in the broker after that is what would grow. Growth is what was
+    there at the end over what was there near the start; of a worker that was restarted, over what it had when it was
+    settled again.
     """
     rng = random.Random(12)
-    fleet = {"lease_seconds": 5.0, "max_deliveries": 1000, "result_expires_seconds": RESULTS_SECONDS}
+    fleet = {"lease_seconds": 5.0, "max_deliveries": 1000, "result_expires_seconds": kept}
     with Stage(folder, fleet=fleet) as stage, Proxy(stage.broker.port) as proxy:
         stage.crew.start(2)
         stage.crew.start(2, REDIS_URL=proxy.url)
         stage.crew.respawning = True
         faults = Faults(stage, proxy, rng)
         usual: dict[Member, int] = {}
-        keys_before = quiet_keys(stage)
+        with stage.load(rate=50) as load:
+            load.wait_for(SETTLED_REQUESTS)
+        keys_before, bytes_before = quiet_keys(stage, kept)
         end = time.monotonic() + 60 * minutes
-        with stage.load(rate):
+        with stage.load(rate=50):
             while time.monotonic() < end:
                 next_fault = time.monotonic() + every
                 while time.monotonic() < next_fault:
@@ -46,7 +46,7 @@ def soak(folder: Path, *, minutes: float, every: float = 30.0, rate: float = 50.
                 faults.commit()
             stage.crew.wait_live()
         stage.drain(60)
-        keys_after = quiet_keys(stage)
+        keys_after, bytes_after = quiet_keys(stage, kept)
         lasting = [member for member in stage.crew.running() if member in usual]
         growths = [100 * (member.memory() / usual[member] - 1) for member in lasting]
         for member, growth in zip(lasting, growths, strict=True):
@@ -56,6 +56,7 @@ def soak(folder: Path, *, minutes: float, every: float = 30.0, rate: float = 50.
             Figure("faults", faults.committed),
             Figure("keys in the quiet broker near the start", keys_before),
             Figure("growth of keys, %", 100 * (keys_after / keys_before - 1), at_most=5),
+            Figure("growth of what they hold, bytes", bytes_after - bytes_before),
             Figure("workers measured", len(lasting)),
             Figure("growth of a worker's memory, %", max(growths, default=0.0), at_most=5),
         ]
@@ -71,7 +72,8 @@ class Faults:
         self._rng = rng
         self._spared = stage.crew.running()[0]
         self._kinds: list[Callable[[], None]] = [
-            self.kill, self.terminate, self.freeze_worker, self.kill_broker, self.freeze_broker, self.half_open, self.cut
+            self.kill, self.terminate, self.freeze_worker, self.kill_broker, self.freeze_broker, self.half_open,
+            self.cut,
         ]  # fmt: skip
 
     def commit(self) -> None:
@@ -128,13 +130,13 @@ def note_settled(stage: Stage, usual: dict[Member, int]) -> None:
             usual[member] = member.memory()
 
 
-def quiet_keys(stage: Stage) -> int:
-    """How many keys the broker holds once nothing is under way and results have expired."""
+def quiet_keys(stage: Stage, kept: int) -> tuple[int, int]:
+    """How many keys the broker holds once nothing is under way and results have expired, and their bytes."""
     held: list[int] = []
 
     def steady() -> bool:
         held.append(stage.redis.dbsize())
-        return len(held) > RESULTS_SECONDS and len(set(held[-5:])) == 1
+        return len(held) > kept and len(set(held[-5:])) == 1
 
     eventually(lambda: time.sleep(1.0) or steady(), 60, "a quiet broker")
-    return held[-1]
+    return held[-1], sum(stage.redis.memory_usage(key) or 0 for key in stage.redis.scan_iter())

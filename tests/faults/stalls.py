@@ -12,9 +12,7 @@ def held_interpreter(folder: Path, *, holds: int, seconds: float, ids: int, leas
     """A C call holds the interpreter's lock for longer than a lease, or a request runs ten times as long: run once."""
     at_once = min(holds, 10)
     long = 10 * lease
-    with Stage(
-        folder, fleet={"lease_seconds": lease}, optimization={"batcher": {"max_batch_size": 1}}
-    ) as stage:
+    with Stage(folder, fleet={"lease_seconds": lease}, optimization={"batcher": {"max_batch_size": 1}}) as stage:
         stage.crew.start(at_once + 3)
         began = time.time()
         stage.submit(stage.requests(1, f"!sleep {long:g}"))

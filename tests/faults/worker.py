@@ -24,9 +24,6 @@ from pathlib import Path
 
 from celery.__main__ import main as celery
 
-import workers.celery
-import workers.intake
-import workers.transport
 from shared.contract import EngineName, InferenceRequest
 from shared.errors import EngineError
 from shared.settings import ModelSpec
