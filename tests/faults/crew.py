@@ -24,10 +24,10 @@ from tests.faults import worker
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([
-    "tests.faults.worker", "workers.celery", "workers.transport", "celery.bin.celery", "celery.apps.worker",
-    "celery.worker.components", "celery.worker.autoscale", "celery.concurrency.solo", "celery.worker.consumer.delayed_delivery",
-    "celery.backends.redis", "celery.app.amqp", "celery.app.control", "celery.app.events", "celery.app.log",
-    "celery.fixups.django", "celery.loaders.app",
+    "tests.faults.worker", "workers.celery", "workers.transport",
+    "celery.bin.celery", "celery.apps.worker", "celery.app.amqp", "celery.app.control", "celery.app.events",
+    "celery.app.log", "celery.backends.redis", "celery.concurrency.solo", "celery.fixups.django", "celery.loaders.app",
+    "celery.worker.autoscale", "celery.worker.components", "celery.worker.consumer.delayed_delivery",
 ])  # fmt: skip
 
 LOOK_SECONDS = 0.02

@@ -61,10 +61,10 @@ def half_open(folder: Path, *, ids: int, seconds: float, silent: float, patience
         ]
 
 
-def broker_frozen(folder: Path, *, seconds: float, clients: int, ids: int) -> list[Figure]:
+def broker_frozen(folder: Path, *, seconds: float, clients: int, ids: int, patience: float = 5.0) -> list[Figure]:
     """The broker freezes: a submit fails soon, and the same ids again give one answer each."""
     refused: list[float] = []
-    with Stage(folder) as stage, ThreadPoolExecutor(clients) as pool:
+    with Stage(folder, fleet={"socket_timeout_seconds": patience}) as stage, ThreadPoolExecutor(clients) as pool:
         stage.crew.start(2)
         chunks = [stage.requests(max(1, ids // clients)) for _ in range(clients)]
         senders = [stage.another_client() for _ in chunks]

@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tests.conftest import eventually
@@ -73,7 +74,7 @@ class Faults:
         self._spared = stage.crew.running()[0]
         self._kinds: list[Callable[[], None]] = [
             self.kill, self.terminate, self.freeze_worker, self.kill_broker, self.freeze_broker, self.half_open,
-            self.cut,
+            partial(self.disturb, Mode.CUT), partial(self.disturb, Mode.FREEZE), partial(self.disturb, Mode.DELAY),
         ]  # fmt: skip
 
     def commit(self) -> None:
@@ -112,9 +113,9 @@ class Faults:
         """Half of the workers' connections go silent."""
         self._proxy.set(Mode.HALF_OPEN)
 
-    def cut(self) -> None:
-        """Half of the workers' connections are cut."""
-        self._proxy.set(Mode.CUT)
+    def disturb(self, mode: Mode) -> None:
+        """Half of the workers have trouble with the network for a while."""
+        self._proxy.set(mode)
         time.sleep(2.0)
         self._proxy.set(Mode.PASS)
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from tests.faults.stage import Figure, Stage, repeated
 
 
-def held_interpreter(folder: Path, *, holds: int, seconds: float, ids: int, lease: float = 3.0) -> list[Figure]:
-    """A C call holds the interpreter's lock for longer than a lease, or a request runs ten times as long: run once."""
+def held_interpreter(folder: Path, *, holds: int, seconds: float, long: float, ids: int) -> list[Figure]:
+    """A C call holds the interpreter's lock for longer than a lease, and a request runs far longer: each is run once."""
     at_once = min(holds, 10)
-    long = 10 * lease
-    with Stage(folder, fleet={"lease_seconds": lease}, optimization={"batcher": {"max_batch_size": 1}}) as stage:
+    with Stage(folder, fleet={"lease_seconds": 3.0}, optimization={"batcher": {"max_batch_size": 1}}) as stage:
         stage.crew.start(at_once + 3)
         began = time.time()
         stage.submit(stage.requests(1, f"!sleep {long:g}"))

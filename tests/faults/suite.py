@@ -57,7 +57,7 @@ SCENARIOS = {
     "request-that-kills": Scenario(
         kills.request_that_kills,
         full={"ids": 3000},
-        short={"ids": 150, "lease": 2.0},
+        short={"ids": 150, "lease": 2.0, "p99": 10.0},
     ),
     "bad-members": Scenario(
         members.bad_members,
@@ -66,8 +66,8 @@ SCENARIOS = {
     ),
     "held-interpreter": Scenario(
         stalls.held_interpreter,
-        full={"holds": 50, "seconds": 10.0, "ids": 1500},
-        short={"holds": 2, "seconds": 4.0, "ids": 50, "lease": 1.5},
+        full={"holds": 50, "seconds": 10.0, "long": 30.0, "ids": 1500},
+        short={"holds": 2, "seconds": 7.0, "long": 9.0, "ids": 50},
     ),
     "rolling-restart": Scenario(
         stops.rolling_restart,
@@ -92,7 +92,7 @@ SCENARIOS = {
     "broker-frozen": Scenario(
         network.broker_frozen,
         full={"seconds": 10.0, "clients": 20, "ids": 1000},
-        short={"seconds": 6.0, "clients": 4, "ids": 40},
+        short={"seconds": 2.0, "clients": 4, "ids": 40, "patience": 1.0},
     ),
     "broker-full": Scenario(
         network.broker_full,
