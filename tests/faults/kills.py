@@ -44,8 +44,8 @@ def sigkill_mid_request(folder: Path, *, kills: int, ids: int, lease: float = 30
             *stage.verdict(),
             Figure("kills", kills),
             Figure("requests under way when their worker was killed", len(waits), at_least=kills / 2),
-            Figure(f"answered within {lease + 10:g} s of the kill, %", 100 * in_time / len(waits), at_least=99),
-            Figure("slowest, s", max(waits)),
+            Figure(f"answered within {lease + 10:g} s of the kill, %", 100 * in_time / max(1, len(waits)), at_least=99),
+            Figure("slowest, s", max(waits, default=float("inf"))),
         ]
 
 

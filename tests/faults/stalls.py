@@ -9,7 +9,7 @@ from tests.faults.stage import Figure, Stage, repeated
 
 
 def held_interpreter(folder: Path, *, holds: int, seconds: float, long: float, ids: int) -> list[Figure]:
-    """A C call holds the interpreter's lock for longer than a lease, and a request runs far longer: each is run once."""
+    """A C call holds the interpreter's lock for longer than a lease, and a request runs far longer: run once."""
     at_once = min(holds, 10)
     with Stage(folder, fleet={"lease_seconds": 3.0}, optimization={"batcher": {"max_batch_size": 1}}) as stage:
         stage.crew.start(at_once + 3)
