@@ -117,8 +117,14 @@ class Crew:
     def signal(self, number: int, members: Iterable[Member] | None = None) -> None:
         """Send a signal to these members, or to all."""
         with self._lock:
-            for member in members or list(self.members):
+            for member in list(self.members) if members is None else members:
                 member.signal(number)
+
+    def kill(self, members: Iterable[Member]) -> None:
+        """SIGKILL, and wait for their end."""
+        members = list(members)
+        self.signal(signal.SIGKILL, members)
+        self.wait_ended(members, 10)
 
     def wait_ended(self, members: Iterable[Member], timeout: float) -> None:
         """Wait until these members have ended."""

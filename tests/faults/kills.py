@@ -30,8 +30,8 @@ def sigkill_mid_request(folder: Path, *, kills: int, ids: int, lease: float = 30
             for _ in range(kills):
                 busy = eventually(lambda: stage.busy(stage.crew.running()), what="a busy worker")
                 victim = rng.choice(list(busy))
-                victim.signal(signal.SIGKILL)
                 struck.update(dict.fromkeys(busy[victim], time.time()))
+                stage.crew.kill([victim])
             load.wait_for(ids)
         stage.drain(lease + 60)
         waits = [
@@ -59,8 +59,7 @@ def sigkill_asleep(folder: Path, *, kills: int, at_once: int, ids: int) -> list[
             stage.crew.signal(signal.SIGSTOP, members)
             eventually(lambda them=members: all(map(is_stopped, them)), what="frozen workers")
             stage.submit(stage.requests(ids // rounds))
-            stage.crew.signal(signal.SIGKILL, members)
-            stage.crew.wait_ended(members, 10)
+            stage.crew.kill(members)
             stage.drain(60)
             members = stage.crew.running()
             stage.crew.wait_live(members)
@@ -87,7 +86,7 @@ def sigkill_at_random(folder: Path, *, kills: int, ids: int) -> list[Figure]:
                 at_work = eventually(lambda: a_worker_at_work(stage, rng), 60, "a worker at work")
                 victim = at_work if rng.random() < 0.9 else rng.choice(stage.crew.running())
                 time.sleep(rng.uniform(0, 0.1))
-                victim.signal(signal.SIGKILL)
+                stage.crew.kill([victim])
             load.wait_for(ids)
         stage.drain(60)
         return [
@@ -115,7 +114,7 @@ def sigkill_around_the_hop(folder: Path, *, kills: int, ids: int) -> list[Figure
             stage.submit(stage.requests(-(-ids // kills), "!hop"))
             pid = eventually(lambda seen=seen: first_on_fake(stage, seen), 30, "a request on the fake engine")
             time.sleep(rng.uniform(0, 0.04))
-            stage.crew.signal(signal.SIGKILL, [member for member in stage.crew.running() if member.pid == pid])
+            stage.crew.kill(member for member in stage.crew.running() if member.pid == pid)
         stage.drain(60)
         hops, answers = stage.ledger.hops, stage.ledger.runs("pytorch")
         return [

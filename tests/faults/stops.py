@@ -57,8 +57,8 @@ def engine_gone(folder: Path, *, ids: int, rescue: float = 30.0, lease: float = 
         stage.submit(stage.requests(ids - ids // 4))
         stranded = stage.submit(stage.requests(ids // 4, model="only"), expected="!NoEngineAvailable")
         eventually(lambda: len(stage.busy(doomed)) == len(doomed), what="both at work")
-        stage.crew.signal(signal.SIGKILL, doomed)
         killed = time.time()
+        stage.crew.kill(doomed)
         stage.drain(rescue + lease + 30)
         ended = {one: stage.ledger.ended_at(one) or float("inf") for one in stage.ledger.accepted}
         served = [one for one in ended if one not in stranded]
