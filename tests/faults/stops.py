@@ -50,7 +50,7 @@ def engine_gone(folder: Path, *, ids: int, rescue: float = 30.0, lease: float = 
         fleet={
             "lease_seconds": lease, "rescue_after_seconds": rescue, "heartbeat_seconds": min(2.0, rescue / 10),
         },
-        optimization={"fake": {"latency_ms": 500}},
+        optimization={"fake": {"latency_ms": 20}},
     ) as stage:  # fmt: skip
         stage.crew.start(1, "pytorch")
         doomed = stage.crew.start(2, "fake")
