@@ -30,6 +30,9 @@ CONTEXT.set_forkserver_preload([
     "celery.worker.autoscale", "celery.worker.components", "celery.worker.consumer.delayed_delivery",
 ])  # fmt: skip
 
+PROCESSES = threading.Lock()
+"""Held while a process is started or asked whether it has ended: the standard library does not expect several threads."""
+
 LOOK_SECONDS = 0.02
 START_SECONDS = 60.0
 
@@ -48,15 +51,17 @@ class Member:
         self._process = CONTEXT.Process(
             target=worker.run, args=(["-Q", queues, "-n", f"w{number}@%h"], environ, self.log)
         )
-        self._process.start()
+        with PROCESSES:
+            self._process.start()
         self.pid: int = self._process.pid
 
     def alive(self) -> bool:
         """Whether it still runs."""
-        if self.ended is None and self._process.exitcode is not None:
-            self.ended, self.exit_code = time.time(), self._process.exitcode
-            self._process.close()
-        return self.ended is None
+        with PROCESSES:
+            if self.ended is None and self._process.exitcode is not None:
+                self.ended, self.exit_code = time.time(), self._process.exitcode
+                self._process.close()
+            return self.ended is None
 
     def signal(self, number: int) -> None:
         """Send it a signal, unless it has ended."""
