@@ -31,7 +31,7 @@ CONTEXT.set_forkserver_preload([
 ])  # fmt: skip
 
 PROCESSES = threading.Lock()
-"""Held while a process is started or asked whether it has ended: the standard library does not expect several threads."""
+"""Held while a process is started or asked whether it has ended: multiprocessing does not expect several threads."""
 
 LOOK_SECONDS = 0.02
 START_SECONDS = 60.0
