@@ -33,6 +33,7 @@ class InFlight:
         "attempts",
         "body",
         "claimed",
+        "deliveries",
         "embed",
         "ended",
         "eventer",
@@ -80,6 +81,8 @@ class InFlight:
         sent = own.get("sent")
         self.sent = float(sent) if isinstance(sent, int | float) and 0 < sent <= claimed else claimed
         self.hops = _hops(own.get("hops"))
+        deliveries = own.get("deliveries")
+        self.deliveries = deliveries if isinstance(deliveries, int) else 0  # workers that were lost over it
         priority = properties.get("priority")
         self.priority = priority if isinstance(priority, int) else 0
 

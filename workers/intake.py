@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from traceback import format_tb
@@ -34,7 +34,7 @@ from shared.errors import (
 from shared.registry import WorkerInfo
 from shared.settings import Settings
 from workers import outcome
-from workers.batcher import Batch, Batcher, BatchLimits
+from workers.batcher import Batch, Batcher, BatchLimits, FlushReason
 from workers.canvas import Canvas
 from workers.delivery import LEFT_OUT_SECONDS, Claim, Delivery, Outcome, Verdict
 from workers.engines.base import EngineOutput
@@ -61,6 +61,8 @@ SETTLE_CHUNK = 256
 
 SAME_ID_SECONDS = 1.0
 """How long a message waits while another of the same id is under way."""
+ALONE = "alone"
+"""Key of a batch whose one member runs by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,7 @@ class Intake:
         self._running: dict[str, Batch[InFlight]] = {}
         self._resting: set[InFlight] = set()
         self._foreign: list[InFlight] = []
+        self._alone: InFlight | None = None  # waits for the end of what runs, or runs by itself
         self._reports: deque[Event] = deque()
         self._done: deque[BatchDone] = deque()
         self._outbox: list[_Ended] = []
@@ -137,7 +140,7 @@ class Intake:
 
     def room(self) -> int:
         """How many more requests could start soon: nothing is claimed that another worker could run earlier."""
-        if not self.accepting or not self._runner.loaded.is_set():
+        if not self.accepting or not self._runner.loaded.is_set() or self._alone is not None:
             return 0
         if self._runner.continuous:
             return self._slots - len(self._running) - len(self._batcher)
@@ -195,7 +198,14 @@ class Intake:
             self._wait(item, request, item.claimed)
 
     def _wait(self, item: InFlight, request: InferenceRequest, now: float) -> None:
-        self._batcher.add(item, self._key(request), item.tokens, now)
+        key: Hashable = self._key(request)
+        if 0 < item.deliveries >= self._services.settings.fleet.max_deliveries - 1:
+            # The last try of what may be what its workers died of is made alone: it takes nobody along.
+            key = ALONE
+            if self._alone is None:
+                self._alone = item
+                return
+        self._batcher.add(item, key, item.tokens, now)
 
     def _key(self, request: InferenceRequest) -> Hashable:
         """Requests with the same key may share a batch."""
@@ -254,6 +264,9 @@ class Intake:
         running = [item for item in self._open() if item.lease in leases]
         for item in running:
             self._runner.abort(item)
+        if self._alone is not None and self._alone.lease in leases and self._alone.lease not in self._running:
+            waited.append(self._alone)
+            self._alone = None
         for item in rested.union(waited, running):  # one that is to run again may be among what runs as well
             item.ended = True
             self._unfinished -= 1
@@ -268,6 +281,9 @@ class Intake:
     def pump(self) -> None:
         """Start what is due, where the engine has room; otherwise come back when something is."""
         now = time.time()
+        if self._alone is not None:
+            self._pump_alone(self._alone, now)
+            return
         if len(self._running) < self._slots and len(self._batcher):
             for item in self._batcher.remove(lambda item: self._is_unwanted(item, now)):
                 self._unwanted(item, now)
@@ -278,6 +294,15 @@ class Intake:
         if due is not None and due < self._timer_at and self._hub is not None:
             self._timer_at = due
             self._hub.call_later(max(0.0, due - now), self._on_timer)
+
+    def _pump_alone(self, item: InFlight, now: float) -> None:
+        """Start it once nothing else is in this worker's hands."""
+        self._put_back(self._batcher.drain())
+        if not self._running and self._unwanted(item, now):
+            self._alone = None
+        self._flush()  # before it starts: nothing of what was put back is to be lost with this worker
+        if not self._running and self._alone is not None:
+            self._start(Batch(ALONE, [item], item.tokens, FlushReason.SIZE, now - item.claimed), now)
 
     def _on_timer(self) -> None:
         self._timer_at = float("inf")
@@ -314,7 +339,11 @@ class Intake:
         me = self._services.worker_id
         if not any(self.queue in worker.queues for worker in self._services.live_workers() if worker.id != me):
             return
-        for item in reversed(self._batcher.drain()):
+        self._put_back(self._batcher.drain())
+
+    def _put_back(self, items: Sequence[InFlight]) -> None:
+        """Return these to the front of the queue, in the order in which they came."""
+        for item in reversed(items):
             self._end(item, Outcome.give_back(item.lease), partial(self._services.observer.given_back, item))
 
     # -- run and settle ---------------------------------------------------------------------------------------------
@@ -342,7 +371,10 @@ class Intake:
         while self._done:
             done = self._done.popleft()
             del self._running[done.batch.items[0].lease]
-            self._batcher.finished(done.batch.key, len(done.batch.items), done.seconds)
+            if done.batch.key == ALONE:
+                self._alone = None
+            else:
+                self._batcher.finished(done.batch.key, len(done.batch.items), done.seconds)
 
     def _take_reports(self) -> None:
         while self._reports:
@@ -534,10 +566,13 @@ class Intake:
     def give_back(self) -> None:
         """Claim no more, and return what waits to the queue at once."""
         self.accepting = False
-        waiting = [*self._batcher.drain(), *self._resting]
+        waiting = [*self._foreign, *self._batcher.drain(), *self._resting]
+        self._foreign.clear()
         self._resting.clear()
-        for item in reversed(waiting):
-            self._end(item, Outcome.give_back(item.lease), partial(self._services.observer.given_back, item))
+        if self._alone is not None and self._alone.lease not in self._running:
+            waiting.append(self._alone)
+            self._alone = None
+        self._put_back(waiting)
         self._flush()
 
     def finish(self, deadline: float) -> None:
