@@ -127,6 +127,7 @@ class FakeSettings(Section):
     enabled: bool = Field(True, description="Whether workers may serve the fake queue.")
     latency_ms: Annotated[float, Field(ge=0.0)] = Field(0.0, description="How long a batch takes.")
     per_item_ms: Annotated[float, Field(ge=0.0)] = Field(0.0, description="How much longer for each member.")
+    load_ms: Annotated[float, Field(ge=0.0)] = Field(0.0, description="How long loading a model takes.")
 
 
 class BreakerSettings(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from celery import Celery, Task
@@ -38,6 +39,11 @@ class FleetApp(Celery):
 
     fleet: Fleet
 
+    @cached_property
+    def Worker(self) -> Any:  # noqa: N802  # Celery's name
+        """What ``celery worker`` runs."""
+        return self.subclass_with_self("workers.worker:FleetWorker", "Worker", reverse="Worker")
+
 
 def create_app(settings: Settings) -> FleetApp:
     """Build the app for these settings. Nothing connects yet."""
@@ -55,6 +61,7 @@ def create_app(settings: Settings) -> FleetApp:
         result_expires=settings.fleet.result_expires_seconds,
         redis_socket_timeout=settings.fleet.socket_timeout_seconds,
         redis_socket_connect_timeout=settings.fleet.connect_timeout_seconds,
+        redis_socket_keepalive=True,
         redis_retry_on_timeout=False,
         accept_content=["json"],
         result_accept_content=["json"],

@@ -26,6 +26,9 @@ SAME = "="
 
 SWEEP_LIMIT = 100
 
+RETRY_SECONDS = 1.0
+"""When leases are renewed again after the broker did not answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
@@ -189,10 +192,11 @@ class LeaseKeeper:
         """Stop the thread. Leases that are still held will expire."""
         self._stop.set()
         if self._thread is not None:
-            self._thread.join(timeout=5)
+            self._thread.join(timeout=1)
 
     def _run(self) -> None:
-        while not self._stop.wait(self._interval):
+        pause = self._interval
+        while not self._stop.wait(pause):
             with self._lock:
                 held = list(self._held.items())
             started = time.monotonic()
@@ -200,7 +204,9 @@ class LeaseKeeper:
                 lost = self._delivery.renew(held)
             except (redis.RedisError, OSError) as error:
                 logger.warning("cannot keep %d leases: %s", len(held), error)
+                pause = min(self._interval, RETRY_SECONDS)
                 continue
+            pause = self._interval
             took = time.monotonic() - started
             if took > self._interval:
                 logger.warning("keeping %d leases took %.1f s: the broker is slow", len(held), took)

@@ -53,8 +53,8 @@ class TaskObserver:
 
     def flush(self) -> None:
         """Publish the events that wait."""
-        self._flush_due = False
-        if self._dispatcher is not None:
+        due, self._flush_due = self._flush_due, False
+        if due and self._dispatcher is not None:
             self._dispatcher.flush()
 
     def _flush_later(self) -> None:

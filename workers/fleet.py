@@ -15,9 +15,9 @@ import redis
 from celery import Celery
 from celery.worker import state
 
-from shared.broker import connect
+from shared.broker import connect, hasten
 from shared.contract import EngineName
-from shared.errors import ConfigurationError, FleetError, MissingDependency
+from shared.errors import ConfigurationError, MissingDependency
 from shared.registry import EngineInfo, WorkerInfo, WorkerRegistry
 from shared.settings import Settings
 from workers.canvas import Canvas
@@ -25,7 +25,7 @@ from workers.delivery import Delivery, LeaseKeeper
 from workers.devices.devices import Devices
 from workers.engines import engine_class
 from workers.events import TaskObserver
-from workers.intake import Intake, Services
+from workers.intake import BROKER_ERRORS, TEND_SECONDS, Intake, Services
 from workers.models import ModelManager
 from workers.parity import ParityGate
 from workers.rescue import Rescuer
@@ -37,6 +37,18 @@ logger = logging.getLogger(__name__)
 
 FRESH_SECONDS = 0.1
 """How old the list of live workers may be where a decision wants it fresh."""
+
+LOAD_POLL_SECONDS = 0.1
+"""How often a worker that loads its models looks whether it is to stop."""
+
+BUSY_POLL_SECONDS, AWAY_POLL_SECONDS = 0.005, 0.2
+"""How often a stopping worker looks for outcomes; and tries a broker that is away."""
+
+STOP_TIMEOUT_SECONDS = 2.0
+"""Longest wait for the broker's answer while stopping."""
+
+UNLOAD_SECONDS, BUSY_SECONDS = 5.0, 1.0
+"""How long engines may take to unload; and where one has not come back from what it runs or loads."""
 
 
 class Fleet:
@@ -63,6 +75,8 @@ class Fleet:
         self._stop = threading.Event()
         self._news = threading.Event()
         self._heartbeat: threading.Thread | None = None
+        self._deadline = float("inf")
+        self.heard = self.idle = True
 
     def transport_options(self) -> dict[str, Any]:
         """What the transport needs of us, and time limits on its connections."""
@@ -102,7 +116,8 @@ class Fleet:
         for runner in self._runners:
             runner.start([model for model in preload if runner.models.declares(model)])
         for runner in self._runners:
-            runner.loaded.wait()
+            while not runner.loaded.wait(LOAD_POLL_SECONDS):
+                state.maybe_shutdown()
         self.devices.start(self.fail)
 
     def _installed(self, engines: Sequence[EngineName]) -> list[EngineName]:
@@ -201,6 +216,10 @@ class Fleet:
             except (redis.RedisError, OSError) as error:
                 logger.warning("cannot announce this worker: %s", error)
             self._news.wait(self.settings.fleet.heartbeat_seconds)
+        try:
+            self.registry.leave(self.worker_id)
+        except (redis.RedisError, OSError) as error:
+            logger.warning("cannot leave the registry: %s", error)
 
     # -- stop -------------------------------------------------------------------------------------------------------
 
@@ -211,39 +230,72 @@ class Fleet:
             intake.accepting = False
         state.should_stop = 1  # Celery's loop looks at it at least at every sweep
 
-    def leave(self) -> None:
-        """Take this worker out of the registry: nothing is routed to it any longer."""
-        self._stop.set()
+    @property
+    def grace(self) -> float:
+        """Seconds that a stopping worker may take to finish what runs."""
+        return self.settings.monitoring.server.graceful_shutdown_timeout
+
+    def stop_within(self, seconds: float) -> float:
+        """Have :meth:`stop` end what runs by then, or by the time it was given before where that is earlier.
+
+        Returns the seconds that are left. Fit for a signal handler.
+        """
+        now = time.monotonic()
+        self._deadline = min(self._deadline, now + seconds)
+        return max(0.0, self._deadline - now)
+
+    def stop(self) -> None:
+        """Leave the registry, give back what waits, let what runs end in time, write its outcomes, unload.
+
+        Afterwards ``heard`` says whether the broker answered to the last, and ``idle`` whether the engines are through.
+        """
+        if self._stop.is_set():
+            return
+        hasten(self.client, STOP_TIMEOUT_SECONDS)
+        self._stop.set()  # the heartbeat's thread takes this worker out of the registry
         self._news.set()
+        self.heard = self._drain()
+        busy = any(i.busy for i in self.intakes.values()) or not all(r.loaded.is_set() for r in self._runners)
+        self.idle = self._unload(time.monotonic() + (BUSY_SECONDS if busy else UNLOAD_SECONDS))
         if self._heartbeat is not None:
-            self._heartbeat.join(timeout=5)
-            self._heartbeat = None
-        try:
-            self.registry.leave(self.worker_id)
-        except (redis.RedisError, OSError) as error:
-            logger.warning("cannot leave the registry: %s", error)
-
-    def drain(self) -> None:
-        """Give back what waits, let what runs end within the configured grace, and write its outcomes."""
-        deadline = time.monotonic() + self.settings.monitoring.server.graceful_shutdown_timeout
-        try:
-            for intake in self.intakes.values():
-                intake.give_back()
-            for intake in self.intakes.values():
-                intake.finish(deadline)
-        except (redis.RedisError, FleetError, OSError) as error:
-            logger.error(
-                "the broker is gone while this worker stops; its requests come back with their leases: %s", error
-            )
-
-    def close(self) -> None:
-        """Unload the models and stop the threads."""
-        idle = True
-        for runner in self._runners:
-            if not runner.stop(timeout=5):
-                idle = False
-                logger.warning("the %s engine is still busy; leaving it", runner.models.engine.name)
-        if idle:  # else the GPUs are in use up to the very end, and are released there
-            self.devices.release()
+            self._heartbeat.join(timeout=STOP_TIMEOUT_SECONDS)
         self.leases.close()
         self.client.close()
+
+    def _drain(self) -> bool:
+        """Wind the intakes up, waiting for a broker that is away; whether it has heard everything in the end."""
+        failed = False
+        tended = time.monotonic()
+        while True:
+            now = time.monotonic()
+            late = now >= self._deadline
+            try:
+                through = [intake.wind_up(hurry=late) for intake in self.intakes.values()]
+                if now - tended >= TEND_SECONDS:
+                    tended = now
+                    for intake in self.intakes.values():
+                        intake.tend()
+                if late or all(through):
+                    self.client.ping()
+                    if self.observer is not None:
+                        self.observer.flush()
+                    return True
+            except BROKER_ERRORS as error:
+                if not failed:
+                    logger.warning("the broker is away while this worker stops: %s", error)
+                failed = True
+                if time.monotonic() >= self._deadline or not any(i.in_flight for i in self.intakes.values()):
+                    logger.error("the broker did not come back; what is open here comes back with its leases")
+                    return False
+            time.sleep(BUSY_POLL_SECONDS if not failed else AWAY_POLL_SECONDS)
+
+    def _unload(self, deadline: float) -> bool:
+        """Unload the models and stop the engines' threads; ``False`` where one is still at work at ``deadline``."""
+        for runner in self._runners:
+            runner.stop(timeout=0)
+        busy = [runner for runner in self._runners if not runner.stop(max(0.0, deadline - time.monotonic()))]
+        for runner in busy:
+            logger.warning("the %s engine is still busy; leaving it", runner.models.engine.name)
+        if not busy:  # else the GPUs are in use up to the very end, and are released there
+            self.devices.release()
+        return not busy
