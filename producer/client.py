@@ -6,6 +6,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -14,6 +15,7 @@ import orjson
 
 from producer.dead import DeadLetters
 from producer.handle import Handle
+from producer.outage import policy
 from producer.records import Outcome, RequestStatus, read, status_of
 from producer.replies import ReplyReader
 from shared import keys, wire
@@ -22,7 +24,7 @@ from shared.contract import EngineName, InferenceRequest, InferenceResult
 from shared.errors import BrokerUnavailable, Cancelled, FleetError, NoEngineAvailable
 from shared.registry import WorkerInfo, WorkerRegistry
 from shared.routing import choose, park
-from shared.settings import Settings
+from shared.settings import OnOutage, Settings
 
 REGISTRY_SECONDS = 1.0
 """How old the list of live workers may be when an engine is chosen."""
@@ -43,9 +45,16 @@ class Client:
     Args:
         redis_url: the broker; by default what the settings say.
         settings: by default what :func:`shared.settings_loader.load_settings` finds.
+        on_outage: what submitting does while the broker is away; by default what the settings say. ``"raise"`` raises
+            :class:`~shared.errors.BrokerUnavailable`, whose ``requests`` can be submitted again. ``"wait"`` tries again
+            until the request's deadline (for ever, without one). ``"spool"`` keeps the request in the file
+            ``fleet.spool_path``, returns its handle at once, and delivers it when the broker is back, after a crash of
+            this process too: then by the next client with this spool.
     """
 
-    def __init__(self, redis_url: str | None = None, settings: Settings | None = None) -> None:
+    def __init__(
+        self, redis_url: str | None = None, settings: Settings | None = None, *, on_outage: OnOutage | None = None
+    ) -> None:
         if settings is None:
             from shared.settings_loader import load_settings
 
@@ -63,6 +72,8 @@ class Client:
         self._workers: list[WorkerInfo] = []
         self._workers_at = float("-inf")
         self._choices: dict[tuple[object, ...], EngineName] = {}
+        self.on_outage: OnOutage = on_outage or self._fleet.on_outage
+        self._outages = policy(self.on_outage, self._fleet, self._send, self._replies)
 
     def __enter__(self) -> Self:
         return self
@@ -74,6 +85,7 @@ class Client:
 
     def close(self) -> None:
         """Stop waiting for results. Requests that are under way go on; their results stay readable by id."""
+        self._outages.close()
         self._replies.close()
         self._redis.close()
 
@@ -100,35 +112,35 @@ class Client:
         An id that the caller chose is submitted once: again, it gives a handle of the same request, which is not run
         again.
         """
-        now = time.time()
-        deadline = None if timeout is None else now + timeout
+        deadline = None if timeout is None else time.time() + timeout
         prepared = [_prepare(request, deadline) for request in requests]
-        pushes: dict[str, list[bytes]] = {}
-        chosen: list[tuple[str, str, bytes]] = []
-        for request in prepared:
-            queue = keys.queue_of(self._choose(request))
-            message = wire.encode_request(
-                request, queue, sent=now, reply=self._replies.stream, max_bytes=self._fleet.max_payload_bytes
-            )
-            name = keys.list_of(queue, request.priority.wire)
-            if "id" in request.model_fields_set:
-                chosen.append((request.id, name, message))
-            else:
-                pushes.setdefault(name, []).append(message)
         ids = [request.id for request in prepared]
         futures = self._replies.expect(ids)
         try:
-            self._push(pushes)
-            known = self._push_once(chosen)
-        except FleetError:
+            self._outages.submit(prepared)
+        except FleetError as error:
             self._replies.forget(ids)
+            if isinstance(error, BrokerUnavailable):
+                error.requests = tuple(request.model_copy(update={"id": request.id}) for request in prepared)
             raise
-        for request_id in known:
-            self.recover(request_id)
         return [
             Handle(request.id, future, self, request.deadline)
             for request, future in zip(prepared, futures, strict=True)
         ]
+
+    def _send(self, requests: Sequence[InferenceRequest]) -> None:
+        """Choose an engine for each and push all of them, each id once; one that has its answer gets it."""
+        now = time.time()
+        chosen: list[tuple[str, str, bytes]] = []
+        for request in requests:
+            queue = keys.queue_of(self._choose(request))
+            message = wire.encode_request(
+                request, queue, sent=now, reply=self._replies.stream, max_bytes=self._fleet.max_payload_bytes
+            )
+            chosen.append((request.id, keys.list_of(queue, request.priority.wire), message))
+        for request_id in self._push_once(chosen):
+            with suppress(BrokerUnavailable):  # its handle looks again
+                self.recover(request_id)
 
     def map(
         self,
@@ -145,8 +157,9 @@ class Client:
         ``requests`` is read as results are taken, so memory stays bounded whatever its length. An item that is a result
         or an error already (of a line that could not be read, say) is yielded in its place. With
         ``errors="yield"`` an error takes its result's place and the rest go on; with ``"raise"`` the first one is
-        raised. ``timeout`` is each request's, in seconds. ``progress=True`` draws a bar on the terminal; ``total`` is
-        how many there will be, where ``requests`` has no length.
+        raised, and with ``on_outage="raise"`` so is the broker's absence. ``timeout`` is each request's, in seconds.
+        ``progress=True`` draws a bar on the terminal; ``total`` is how many there will be, where ``requests`` has no
+        length.
         """
         if total is None and isinstance(requests, Sequence):
             total = len(requests)
@@ -164,7 +177,8 @@ class Client:
                 if not under_way:
                     return
                 head = under_way.popleft()
-                outcome = head.outcome() if isinstance(head, Handle) else head
+                patient = self.on_outage != "raise"
+                outcome = head.outcome(through_outages=patient) if isinstance(head, Handle) else head
                 if isinstance(outcome, FleetError) and errors == "raise":
                     raise outcome
                 done += 1
@@ -221,19 +235,6 @@ class Client:
         with broker_errors(self._fleet, "submit"):
             pushed = self._once(keys=names, args=[self._fleet.result_expires_seconds, *messages])
         return [request_id for (request_id, _, _), new in zip(chosen, pushed, strict=True) if not new]
-
-    def _push(self, pushes: Mapping[str, list[bytes]]) -> None:
-        if not pushes:
-            return
-        with broker_errors(self._fleet, "submit"):
-            if len(pushes) == 1:
-                ((name, messages),) = pushes.items()
-                self._redis.lpush(name, *messages)
-                return
-            with self._redis.pipeline(transaction=True) as pipe:
-                for name, messages in pushes.items():
-                    pipe.lpush(name, *messages)
-                pipe.execute()
 
     # -- requests that are under way --------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ Percent = Annotated[float, Field(ge=0.0, le=100.0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(ge=1)]
 PositiveSeconds = Annotated[float, Field(gt=0.0)]
+OnOutage = Literal["raise", "wait", "spool"]
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "fp16", "bf16", "fp32"]
 
 
@@ -392,6 +393,12 @@ class FleetSettings(Section):
     dead_letter_capacity: Positive = Field(10_000, description="Most dead letters kept; the oldest go.")
     connect_timeout_seconds: PositiveSeconds = Field(1.0, description="Longest wait for a connection to the broker.")
     socket_timeout_seconds: PositiveSeconds = Field(5.0, description="Longest wait for the broker's answer.")
+    on_outage: OnOutage = Field(
+        "raise",
+        description="What submitting does while the broker is away: raise an error, wait for it, or spool to a file.",
+    )
+    spool_path: str = Field(".muai/spool.db", description="The spool: requests that wait for the broker's return.")
+    spool_max_bytes: Positive = Field(256 * 1024 * 1024, description="Most bytes of requests in the spool.")
     send_events: bool = Field(True, description="Publish Celery's task events (Flower, celery-exporter).")
 
     @property

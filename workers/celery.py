@@ -38,6 +38,7 @@ class FleetApp(Celery):
     """A Celery app with the fleet it serves."""
 
     fleet: Fleet
+    events_cls = "workers.events:FleetEvents"
 
     @cached_property
     def Worker(self) -> Any:  # noqa: N802  # Celery's name
@@ -58,6 +59,7 @@ def create_app(settings: Settings) -> FleetApp:
         broker_connection_max_retries=None,
         broker_channel_error_retry=True,  # a full broker refuses commands: wait for room rather than exit
         result_backend=settings.fleet.redis_url,
+        result_backend_transport_options={"retry_policy": {"max_retries": 1}},  # the loop waits for it
         result_expires=settings.fleet.result_expires_seconds,
         redis_socket_timeout=settings.fleet.socket_timeout_seconds,
         redis_socket_connect_timeout=settings.fleet.connect_timeout_seconds,

@@ -10,7 +10,9 @@ import logging
 from typing import Any
 
 from celery import Celery, signals
+from celery.app.events import Events
 from celery.app.task import Context, Task
+from celery.events.dispatcher import EventDispatcher
 from celery.exceptions import Retry
 from celery.worker import state
 
@@ -25,6 +27,20 @@ FLUSH_SECONDS = 0.01
 
 BUFFER_LIMIT = 2048
 """Events after which they are published at once."""
+
+
+class Dispatcher(EventDispatcher):
+    """Celery's dispatcher, which tries once: its heartbeat would hold the loop up for as long as the broker is away."""
+
+    def send(self, type: str, *args: Any, retry: bool = False, **fields: Any) -> Any:  # noqa: A002  # Celery's name
+        """Send an event, or buffer it."""
+        return super().send(type, *args, retry=False, **fields)
+
+
+class FleetEvents(Events):
+    """``app.events`` with this dispatcher."""
+
+    dispatcher_cls = "workers.events:Dispatcher"
 
 
 class TaskObserver:

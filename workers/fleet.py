@@ -16,8 +16,11 @@ from celery import Celery
 from celery.worker import state
 
 from shared.broker import connect, hasten
+from shared.broker_checks import check_eviction, check_persistence, check_version
 from shared.contract import EngineName
 from shared.errors import ConfigurationError, MissingDependency
+from shared.findings import Grade
+from shared.masking import masked_url
 from shared.registry import EngineInfo, WorkerInfo, WorkerRegistry
 from shared.settings import Settings
 from workers.canvas import Canvas
@@ -43,6 +46,9 @@ LOAD_POLL_SECONDS = 0.1
 
 BUSY_POLL_SECONDS, AWAY_POLL_SECONDS = 0.005, 0.2
 """How often a stopping worker looks for outcomes; and tries a broker that is away."""
+
+EVENT_TIMEOUT_SECONDS = 2.0
+"""Longest wait of the worker's loop for what Celery sends: events and replies of remote control. Not for requests."""
 
 STOP_TIMEOUT_SECONDS = 2.0
 """Longest wait for the broker's answer while stopping."""
@@ -75,6 +81,7 @@ class Fleet:
         self._stop = threading.Event()
         self._news = threading.Event()
         self._heartbeat: threading.Thread | None = None
+        self._checked = False
         self._deadline = float("inf")
         self.heard = self.idle = True
 
@@ -83,7 +90,7 @@ class Fleet:
         fleet = self.settings.fleet
         return {
             "services": TransportServices(self.delivery, self.leases, self.intakes),
-            "socket_timeout": fleet.socket_timeout_seconds,
+            "socket_timeout": min(fleet.socket_timeout_seconds, EVENT_TIMEOUT_SECONDS),
             "socket_connect_timeout": fleet.connect_timeout_seconds,
             "socket_keepalive": True,
             "health_check_interval": 5,
@@ -206,11 +213,28 @@ class Fleet:
         """Something about this worker has changed: do not wait for the next heartbeat."""
         self._news.set()
 
+    def _check_broker(self) -> None:
+        """Say once what of the broker's settings would lose requests."""
+        if self._checked:
+            return
+        try:
+            info: Any = self.client.info()
+        except redis.NoPermissionError:
+            info = None
+        self._checked = True
+        if info is None:
+            return
+        url = masked_url(self.settings.fleet.redis_url)
+        for found in (check_version(info, url), check_persistence(info), check_eviction(info)):
+            if found.grade is not Grade.OK:
+                logger.warning("broker %s: %s: %s. Remedy: %s", url, found.subject, found.detail, found.remedy)
+
     def _announce_forever(self) -> None:
         while not self._stop.is_set():
             self._news.clear()
             try:
                 self.registry.announce(self.describe())
+                self._check_broker()
                 self.refresh()
                 self.rescuer.look(time.monotonic())
             except (redis.RedisError, OSError) as error:

