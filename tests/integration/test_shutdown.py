@@ -99,6 +99,21 @@ def test_a_second_signal_or_sigquit_gives_back_what_runs(
     untouched(fleet, redis_client, 3)
 
 
+def test_an_engine_that_gives_up_while_its_worker_stops_fails_nothing(make_fleet, redis_client: redis.Redis) -> None:
+    """A passing error of a stopping worker's engine says nothing of the request, which goes back."""
+    fleet = make_fleet(optimization={"fake": {"latency_ms": 800}})
+    worker = fleet.start_worker()
+    handle = fleet.client.submit({**ECHO, "inputs": {"prompt": "!busy once"}})
+    running(fleet, 1)
+
+    worker.terminate()
+
+    assert gone_within(worker, SLACK) == 0
+    untouched(fleet, redis_client, 1)
+    fleet.start_worker()
+    assert handle.result(10).text == "ecno ysub!"
+
+
 def test_an_engine_that_hangs_keeps_nobody(make_fleet, redis_client: redis.Redis) -> None:
     """After the grace the requests go back and the process ends, though its engine's thread never returns."""
     fleet = make_fleet(optimization=HANGS, monitoring=grace(1))
