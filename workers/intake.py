@@ -136,7 +136,7 @@ class Intake:
         self._hub = hub
         self._timer_at = float("inf")
         hub.call_soon(self._drain_soon)
-        hub.call_repeatedly(TEND_SECONDS, self._tend)
+        hub.call_repeatedly(TEND_SECONDS, self.tend)
 
     def room(self) -> int:
         """How many more requests could start soon: nothing is claimed that another worker could run earlier."""
@@ -239,7 +239,7 @@ class Intake:
         for item in self._batcher.remove(lambda item: item.id in gone):
             self._revoke(item, Cancelled(), expired=False)
 
-    def _tend(self) -> None:
+    def tend(self) -> None:
         """End what runs and is not wanted any longer, and let the engine know."""
         running = self._open()
         if not running:
@@ -393,6 +393,9 @@ class Intake:
         try:
             if isinstance(done.outcome, EngineOutput):
                 self._succeed(item, done, done.outcome)
+            elif not self.accepting and (done.outcome.transient or done.outcome.outage):
+                # A stopping worker's engine may go before it: that says nothing of the request.
+                self._end(item, Outcome.give_back(item.lease), partial(self._services.observer.given_back, item))
             elif done.outcome.transient and self._try_again(item, done.outcome):
                 return
             elif done.outcome.hops and request is not None and self._services.settings.optimization.fallback_on_error:
@@ -419,7 +422,7 @@ class Intake:
         retry = self._services.settings.optimization.retry
         pause = retry.backoff_ms / 1000 * 2**item.attempts
         last_moment = item.last_moment()
-        if self._hub is None or not self.accepting or item.attempts >= retry.attempts:
+        if self._hub is None or item.attempts >= retry.attempts:
             return False
         if last_moment is not None and time.time() + pause >= last_moment:
             return False
@@ -563,38 +566,33 @@ class Intake:
 
     # -- shutdown ---------------------------------------------------------------------------------------------------
 
-    def give_back(self) -> None:
-        """Claim no more, and return what waits to the queue at once."""
+    def wind_up(self, hurry: bool) -> bool:
+        """Claim no more, return what waits to the queue, and write what has ended; ``True`` when nothing is left here.
+
+        To be called again and again until it is, or there is no more time: then, to ``hurry``, what runs goes back too.
+        """
         self.accepting = False
-        waiting = [*self._foreign, *self._batcher.drain(), *self._resting]
+        self._take_done()
+        self._take_reports()
+        back = [*self._foreign, *self._batcher.drain(), *self._resting]
         self._foreign.clear()
         self._resting.clear()
         if self._alone is not None and self._alone.lease not in self._running:
-            waiting.append(self._alone)
+            back.append(self._alone)
             self._alone = None
-        self._put_back(waiting)
-        self._flush()
-
-    def finish(self, deadline: float) -> None:
-        """Wait for the running batch until ``deadline`` (monotonic seconds); return what did not end to the queue."""
-        while self._running and time.monotonic() < deadline:
-            if not self._reports and not self._done:
-                time.sleep(0.005)
-            self._services.tend()
-            self._settle_reports()
-        self._settle_reports()
-        left = self._open()
-        for item in left:
-            self._end(item, Outcome.give_back(item.lease), lambda: None)
+        running = self._open() if hurry else []
+        self._put_back([*running, *back])
+        for item in running:
             self._runner.abort(item)
-        if left:
-            logger.warning("%d requests did not end in time and went back to %s", len(left), self.queue)
-            self._flush()
-
-    def _settle_reports(self) -> None:
-        self._take_done()
-        self._take_reports()
+        if running:
+            logger.warning("%d requests did not end in time and go back to %s", len(running), self.queue)
         self._flush()
+        return not self._unfinished
+
+    @property
+    def busy(self) -> bool:
+        """Whether the engine has not come back with what it was given."""
+        return bool(self._running)
 
 
 def _frames(error: BaseException) -> str:
