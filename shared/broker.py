@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
+from typing import Protocol
 
 import redis
 from redis.backoff import NoBackoff
@@ -13,13 +14,26 @@ from redis.retry import Retry
 
 from shared.errors import BrokerUnavailable, ConfigurationError
 from shared.masking import masked_url
-from shared.settings import FleetSettings
-from shared.tls import plain_url, tls_options, unchecked
+from shared.tls import TlsTerms, plain_url, tls_options, unchecked
 
 logger = logging.getLogger(__name__)
 
+INCLUDE = "--!include "
 
-def connect(fleet: FleetSettings, *, socket_timeout: float | None = None) -> redis.Redis:
+
+class BrokerTerms(TlsTerms, Protocol):
+    """Where the broker is and how long to wait for it: the fleet's settings say it."""
+
+    @property
+    def connect_timeout_seconds(self) -> float:
+        """Longest wait for a connection."""
+
+    @property
+    def socket_timeout_seconds(self) -> float:
+        """Longest wait for an answer."""
+
+
+def connect(fleet: BrokerTerms, *, socket_timeout: float | None = None) -> redis.Redis:
     """A client of the fleet's broker. Nothing is sent yet; commands fail within the configured time limits.
 
     Commands are not retried by the client library: whoever sends one knows whether it may be sent twice.
@@ -47,10 +61,15 @@ def connect(fleet: FleetSettings, *, socket_timeout: float | None = None) -> red
 
 
 @contextmanager
-def broker_errors(fleet: FleetSettings, doing: str) -> Iterator[None]:
+def broker_errors(fleet: BrokerTerms, doing: str) -> Iterator[None]:
     """Turn the client library's connection errors into one that says what failed and what to do."""
     try:
         yield
+    except redis.exceptions.OutOfMemoryError as error:
+        raise BrokerUnavailable(
+            f"cannot {doing}: the broker at {masked_url(fleet.redis_url)} is full; let the workers drain it, or raise "
+            "its maxmemory"
+        ) from error
     except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
         raise BrokerUnavailable(
             f"cannot {doing}: the broker at {masked_url(fleet.redis_url)} does not answer ({error}). "
@@ -59,5 +78,7 @@ def broker_errors(fleet: FleetSettings, doing: str) -> Iterator[None]:
 
 
 def lua(package: str, name: str) -> str:
-    """The text of a Lua script that lies in the ``lua`` folder of ``package``."""
-    return resources.files(package).joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
+    """A Lua script in the ``lua`` folder of ``package``; ``--!include NAME`` on top stands for one of ``shared``."""
+    text = resources.files(package).joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
+    first, _, rest = text.partition("\n")
+    return lua("shared", first.removeprefix(INCLUDE)) + rest if first.startswith(INCLUDE) else text

@@ -163,8 +163,11 @@ class Inputs(Value):
     def characters(self) -> int:
         """How many characters the inputs hold: what a size can be estimated from without a tokenizer."""
         total = len(self.prompt or "") + len(self.query or "")
-        total += sum(len(message.content) for message in self.messages or ())
-        return total + sum(len(text) for text in self.texts or ())
+        if self.messages:
+            total += sum(len(message.content) for message in self.messages)
+        if self.texts:
+            total += sum(map(len, self.texts))
+        return total
 
 
 _NEEDED_INPUT: dict[Kind, str] = {

@@ -15,7 +15,8 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Percent = Annotated[float, Field(ge=0.0, le=100.0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(ge=1)]
-PositiveSeconds = Annotated[float, Field(gt=0.0)]
+PositiveNumber = Annotated[float, Field(gt=0.0)]
+PositiveSeconds = PositiveNumber
 SHORTEST_KEY = 16
 
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "fp16", "bf16", "fp32"]
@@ -312,7 +313,9 @@ class ServerSettings(Section):
     enabled: bool = Field(False, description="Run the HTTP gateway.")
     host: str = Field("127.0.0.1", description="Address to bind to.")
     port: Port = Field(8000, description="Port.")
-    queue_capacity: Positive = Field(100, description="Most requests that may wait.")
+    queue_capacity: Positive = Field(
+        100, description="Most requests that may wait on an engine's queue; in effect where it is set."
+    )
     preload_models: tuple[str, ...] = Field((), description="Models that workers load before they take requests.")
     graceful_shutdown_timeout: Annotated[float, Field(ge=0.0)] = Field(
         30, description="Seconds a stopping worker may take to finish what runs."
@@ -378,6 +381,17 @@ class ModelsSettings(Section):
 # --- fleet --------------------------------------------------------------------------------------------------------
 
 
+class TenantSettings(Section):
+    """What one tenant may take of the fleet."""
+
+    weight: PositiveNumber = Field(1.0, description="Its share of the turns beside other tenants that wait.")
+    requests_per_second: PositiveNumber | None = Field(None, description="Most it may submit; null is any number.")
+    burst: Positive | None = Field(None, description="Most it may submit at once; null is one second's worth.")
+    in_flight_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        None, description="Share of the fleet's places its requests may hold at once; null is all. Not for `default`."
+    )
+
+
 class FleetSettings(Section):
     """The broker and the delivery rules."""
 
@@ -393,8 +407,17 @@ class FleetSettings(Section):
         True, description="Check the broker's certificate and name; off, whoever answers is believed."
     )
     lease_seconds: PositiveSeconds = Field(30.0, description="How long a request stays with a silent worker.")
+    stall_seconds: PositiveSeconds = Field(
+        300.0, description="How long a worker whose loop stands still keeps its requests."
+    )
     sweep_seconds: PositiveSeconds = Field(2.0, description="How often expired leases are looked for.")
     max_deliveries: Positive = Field(3, description="Deliveries after which a request is dead-lettered.")
+    queue_capacity: Positive = Field(
+        100_000, description="The same where `monitoring.server.queue_capacity` is not set; more are refused."
+    )
+    queue_capacity_bytes: Positive = Field(1024**3, description="Most bytes that may wait on an engine's queue.")
+    starvation_limit: Positive = Field(10, description="Most more urgent requests that pass a waiting one.")
+    tenants: dict[str, TenantSettings] = Field({}, description="Quotas by tenant; `*` is everybody not named.")
     rescue_after_seconds: PositiveSeconds = Field(
         30.0, description="How long a queue may hold messages and have no live worker before they move on."
     )
@@ -433,6 +456,12 @@ class Settings(Section):
     monitoring: MonitoringSettings = MonitoringSettings()
     models: ModelsSettings = ModelsSettings()
     fleet: FleetSettings = FleetSettings()
+
+    @property
+    def queue_capacity(self) -> int:
+        """Most requests that may wait on an engine's queue."""
+        server = self.monitoring.server
+        return server.queue_capacity if "queue_capacity" in server.model_fields_set else self.fleet.queue_capacity
 
     @model_validator(mode="after")
     def _preloaded_models_are_declared(self) -> Self:

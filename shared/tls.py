@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, Protocol
 from urllib.parse import parse_qsl, urlencode
-
-from shared.settings import FleetSettings
 
 _NOT_CHECKED: Final = frozenset({"none", "cert_none", "optional", "cert_optional", "false", "no", "0"})
 _IN_URL: Final = frozenset({"ssl_cert_reqs", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname"})
+
+
+class TlsTerms(Protocol):
+    """Where the broker is and how it is known: the fleet's settings say it."""
+
+    @property
+    def redis_url(self) -> str:
+        """Its URL, with the password where it has one."""
+
+    @property
+    def tls_ca_file(self) -> str | None:
+        """Authorities that may have signed its certificate."""
+
+    @property
+    def tls_cert_file(self) -> str | None:
+        """Our own certificate."""
+
+    @property
+    def tls_key_file(self) -> str | None:
+        """Its key."""
+
+    @property
+    def tls_verify(self) -> bool:
+        """Whether its certificate is checked."""
 
 
 def plain_url(url: str) -> str:
@@ -18,7 +40,7 @@ def plain_url(url: str) -> str:
     return f"{start}?{kept}" if mark and kept else start
 
 
-def tls_options(fleet: FleetSettings) -> dict[str, Any]:
+def tls_options(fleet: TlsTerms) -> dict[str, Any]:
     """Arguments of the client library's TLS connection; empty where the URL is not ``rediss://``.
 
     What the URL says about certificates, in the spelling of Celery or of the client library, counts before the
@@ -38,6 +60,6 @@ def tls_options(fleet: FleetSettings) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def unchecked(fleet: FleetSettings) -> bool:
+def unchecked(fleet: TlsTerms) -> bool:
     """Whether the connection is encrypted to whoever answers: the broker's certificate is not checked."""
     return tls_options(fleet).get("ssl_cert_reqs") == "none"

@@ -106,11 +106,6 @@ def check_size(size: int, most: int | None) -> None:
         raise PayloadTooLarge(f"the request is {size} bytes; at most {most} are accepted (fleet.max_payload_bytes)")
 
 
-def now_iso() -> str:
-    """The time as Celery writes it into results: ISO 8601, UTC."""
-    return datetime.now(UTC).isoformat()
-
-
 def dumps(value: Any) -> bytes:
     """JSON, compact."""
     return orjson.dumps(value)
@@ -210,18 +205,17 @@ def success_meta(
     task_id: str,
     result: bytes,
     *,
-    done: str,
     extra: Mapping[str, Any] | None = None,
     children: Sequence[Any] = (),
 ) -> bytes:
-    """Celery's result record of a success. ``result`` is JSON, ``done`` an ISO 8601 time."""
+    """Celery's result record of a success that happened now. ``result`` is JSON."""
     return orjson.dumps(
         {
             "status": "SUCCESS",
             "result": orjson.Fragment(result),
             "traceback": None,
             "children": children,
-            "date_done": done,
+            "date_done": datetime.now(UTC),
             "task_id": task_id,
             **(extra or {}),
         }
@@ -229,9 +223,9 @@ def success_meta(
 
 
 def failure_meta(
-    task_id: str, error: BaseException, *, done: str, status: str = "FAILURE", extra: Mapping[str, Any] | None = None
+    task_id: str, error: BaseException, *, status: str = "FAILURE", extra: Mapping[str, Any] | None = None
 ) -> bytes:
-    """Celery's result record of a failure, a retry or a revocation, as its JSON serializer writes exceptions."""
+    """Celery's result record of a failure, a retry or a revocation now, as its JSON serializer writes exceptions."""
     return orjson.dumps(
         {
             "status": status,
@@ -242,7 +236,7 @@ def failure_meta(
             },
             "traceback": None,
             "children": [],
-            "date_done": done,
+            "date_done": datetime.now(UTC),
             "task_id": task_id,
             **(extra or {}),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import platform
@@ -22,11 +23,12 @@ from shared.registry import EngineInfo, WorkerInfo, WorkerRegistry
 from shared.settings import Settings
 from shared.signing import Signer
 from workers.canvas import Canvas
-from workers.delivery import Delivery, LeaseKeeper
+from workers.delivery import Delivery
 from workers.devices.devices import Devices
 from workers.engines import engine_class
 from workers.events import TaskObserver
 from workers.intake import Intake, Services
+from workers.leases import LeaseKeeper
 from workers.models import ModelManager
 from workers.parity import ParityGate
 from workers.rescue import Rescuer
@@ -48,7 +50,7 @@ class Fleet:
         self.worker_id = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self.client: redis.Redis = connect(settings.fleet)
         self.delivery = Delivery(self.client, settings.fleet)
-        self.leases = LeaseKeeper(self.delivery, settings.fleet)
+        self.leases = LeaseKeeper(settings.fleet)
         self.registry = WorkerRegistry(self.client, settings.fleet.silent_after_seconds)
         self.devices = Devices(settings, self.client, self.worker_id)
         self.sweeper = Sweeper(self.delivery, settings.fleet.max_deliveries)
@@ -93,11 +95,12 @@ class Fleet:
         if absent := [name.value for name in named if name not in engines]:
             app.amqp.queues.deselect(absent)
         self._queues = tuple(app.amqp.queues.consume_from)
+        self.leases.start()
         self.devices.take(engines, check=state.maybe_shutdown)
         self.observer = TaskObserver(app)
         services = Services(
             self.settings, self.delivery, self.leases, self.observer, Canvas(app), self.worker_id, self.live_workers,
-            self.refresh, self.announce_now,
+            self.refresh, self.announce_now, self.tend,
         )  # fmt: skip
         for name in engines:
             self._add(name, services)
@@ -107,6 +110,11 @@ class Fleet:
         for runner in self._runners:
             runner.loaded.wait()
         self.devices.start(self.fail)
+        self.leases.wait()
+        # What is loaded by now stays. Each full collection would look at all of it again, and hold every thread up for
+        # as long as that takes.
+        gc.collect()
+        gc.freeze()
 
     def _installed(self, engines: Sequence[EngineName]) -> list[EngineName]:
         """Those of the engines whose libraries are here."""
@@ -200,10 +208,18 @@ class Fleet:
             try:
                 self.registry.announce(self.describe())
                 self.refresh()
+                self.delivery.share_out(sum(info.max_batch_size for w in self._live for info in w.engines))
                 self.rescuer.look(time.monotonic())
             except (redis.RedisError, OSError) as error:
                 logger.warning("cannot announce this worker: %s", error)
             self._news.wait(self.settings.fleet.heartbeat_seconds)
+
+    def tend(self) -> None:
+        """Show that the loop lives, and drop what other workers have taken over. Called by the loop, often."""
+        lost = self.leases.tend()
+        if lost:
+            for intake in self.intakes.values():
+                intake.forget(lost)
 
     # -- stop -------------------------------------------------------------------------------------------------------
 
@@ -240,7 +256,8 @@ class Fleet:
             )
 
     def close(self) -> None:
-        """Unload the models and stop the threads."""
+        """Let leases go that are still held, unload the models and stop the threads."""
+        self.leases.close()
         idle = True
         for runner in self._runners:
             if not runner.stop(timeout=5):
@@ -248,5 +265,4 @@ class Fleet:
                 logger.warning("the %s engine is still busy; leaving it", runner.models.engine.name)
         if idle:  # else the GPUs are in use up to the very end, and are released there
             self.devices.release()
-        self.leases.close()
         self.client.close()

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
-from shared import wire
+from shared import keys, wire
 from shared.contract import LATEST, TASK_NAME, Hop, InferenceRequest
 from shared.errors import BadRequest, UndecodableMessage
 
@@ -99,13 +99,23 @@ class InFlight:
             data, args = args[0], []
         if not isinstance(data, dict):
             raise BadRequest(f"{TASK_NAME} needs the keyword argument request, an object")
-        unknown = sorted(set(kwargs) - {"request"})
+        unknown = kwargs.keys() - {"request"}
         if unknown:
-            raise BadRequest(f"{TASK_NAME} takes no argument named {', '.join(unknown)[:LONGEST_NAMES]}")
+            raise BadRequest(f"{TASK_NAME} takes no argument named {', '.join(sorted(unknown))[:LONGEST_NAMES]}")
         data = {**data, "id": data.get("id") or self.id}
         if args:
             data["inputs"] = inputs_from_previous(data.get("inputs"), args[0])
         return InferenceRequest.parse(data)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether others than our own client have sent it, and no worker has handled it yet."""
+        return not wire.own_header(self.headers)
+
+    @property
+    def tenant(self) -> str:
+        """Whose request it is."""
+        return self.request.tenant if self.request is not None else keys.SHARED_TENANT
 
     @property
     def eta(self) -> float | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from functools import partial
 from traceback import format_tb
@@ -36,11 +36,12 @@ from shared.settings import Settings
 from workers import outcome
 from workers.batcher import Batch, Batcher, BatchLimits
 from workers.canvas import Canvas
-from workers.delivery import Claim, Delivery, LeaseKeeper, Outcome
+from workers.delivery import LEFT_OUT_SECONDS, Claim, Delivery, Outcome, Verdict
 from workers.engines.base import EngineOutput
 from workers.events import TaskObserver
 from workers.fallback import Fallback, FallbackDecision
 from workers.inflight import InFlight
+from workers.leases import LeaseKeeper
 from workers.results import result_of
 from workers.runner import BatchDone, EngineRunner, Event, Finished
 from workers.sizes import TokenEstimator
@@ -58,6 +59,9 @@ AHEAD_SHARE = 0.25
 
 SETTLE_CHUNK = 256
 
+SAME_ID_SECONDS = 1.0
+"""How long a message waits while another of the same id is under way."""
+
 
 @dataclass(frozen=True, slots=True)
 class Services:
@@ -72,6 +76,7 @@ class Services:
     live_workers: Callable[[], list[WorkerInfo]]
     refresh: Callable[[], None]
     announce: Callable[[], None]
+    tend: Callable[[], None]
 
 
 Ending = Callable[[], None]
@@ -107,6 +112,7 @@ class Intake:
         self._batcher: Batcher[InFlight] = Batcher(self._limits)
         self._running: dict[str, Batch[InFlight]] = {}
         self._resting: set[InFlight] = set()
+        self._foreign: list[InFlight] = []
         self._reports: deque[Event] = deque()
         self._done: deque[BatchDone] = deque()
         self._outbox: list[_Ended] = []
@@ -182,18 +188,39 @@ class Intake:
         if last_moment is not None:
             self._services.leases.hold(item.lease, last_moment)
         item.tokens = self._sizes.tokens(request)
-        self._wait(item, request, item.claimed)
+        if item.foreign:
+            self._foreign.append(item)
+        else:
+            self._wait(item, request, item.claimed)
 
     def _wait(self, item: InFlight, request: InferenceRequest, now: float) -> None:
-        key = (request.model, self._runner.models.engine.compatibility(request), self._sizes.bucket(request))
-        self._batcher.add(item, key, item.tokens, now)
+        self._batcher.add(item, self._key(request), item.tokens, now)
+
+    def _key(self, request: InferenceRequest) -> Hashable:
+        """Requests with the same key may share a batch."""
+        return request.model, self._runner.models.engine.compatibility(request), self._sizes.bucket(request)
 
     def claimed(self, claim: Claim) -> None:
         """All messages of a claim were received."""
+        self._begin_foreign()
+        if claim.left_out and self._hub is not None:
+            self._hub.call_later(LEFT_OUT_SECONDS, lambda: None)  # the loop claims when it wakes
         if claim.cancelled and len(self._batcher):
             self._drop_cancelled()
         self._flush()
         self.pump()
+
+    def _begin_foreign(self) -> None:
+        """Other senders may use an id twice: such a message waits for the other one, and ends with its answer."""
+        verdicts = self._services.delivery.begin([(item.lease, item.id) for item in self._foreign])
+        foreign, self._foreign = self._foreign, []
+        for item, verdict in zip(foreign, verdicts, strict=True):
+            if verdict is Verdict.RUN and item.request is not None:
+                self._wait(item, item.request, item.claimed)
+                continue
+            due = item.claimed + SAME_ID_SECONDS
+            ended = Outcome(item.lease) if verdict is Verdict.DONE else outcome.delayed(item.lease, due)
+            self._end(item, ended, partial(self._services.observer.given_back, item))
 
     def _drop_cancelled(self) -> None:
         waiting = [item.id for item in self._batcher]
@@ -203,7 +230,7 @@ class Intake:
 
     def _tend(self) -> None:
         """End what runs and is not wanted any longer, and let the engine know."""
-        running = [item for batch in self._running.values() for item in batch.items if not item.ended]
+        running = self._open()
         if not running:
             return
         gone = self._services.delivery.cancelled_among([item.id for item in running])
@@ -215,6 +242,25 @@ class Intake:
                 continue
             self._runner.abort(item)
         self._flush()
+
+    def forget(self, leases: Collection[str]) -> None:
+        """Drop requests that other workers have taken over: what runs is ended, and nothing is answered."""
+        rested = {item for item in self._resting if item.lease in leases}
+        self._resting -= rested
+        waited = self._batcher.remove(lambda item: item.lease in leases)
+        waited += [item for item in self._foreign if item.lease in leases]
+        self._foreign = [item for item in self._foreign if item.lease not in leases]
+        running = [item for item in self._open() if item.lease in leases]
+        for item in running:
+            self._runner.abort(item)
+        for item in rested.union(waited, running):  # one that is to run again may be among what runs as well
+            item.ended = True
+            self._unfinished -= 1
+            self._services.observer.given_back(item)
+
+    def _open(self) -> list[InFlight]:
+        """What was handed to the engine and has no outcome yet."""
+        return [item for batch in self._running.values() for item in batch.items if not item.ended]
 
     # -- batch ------------------------------------------------------------------------------------------------------
 
@@ -284,6 +330,7 @@ class Intake:
     def drain(self) -> None:
         """Write the outcomes of what the engine reported, and start the next batch."""
         # A free engine first gets its next batch; then the outcomes of the last one are written.
+        self._begin_foreign()
         self._take_done()
         if len(self._running) < self._slots:
             self.pump()
@@ -404,8 +451,15 @@ class Intake:
         return (
             item.id in state.revoked
             or (expires is not None and now >= expires)
-            or (item.request is not None and item.request.expired(now))
+            or (item.request is not None and item.request.expired(now + self._at_least(item)))
         )
+
+    def _at_least(self, item: InFlight) -> float:
+        """How many seconds a request that waits will take to run, going by the quickest of its like."""
+        request = item.request
+        if request is None or request.deadline is None or item.started:
+            return 0.0
+        return self._batcher.least_duration(self._key(request))
 
     def _unwanted(self, item: InFlight, now: float) -> bool:
         """End a request nobody wants any longer; ``False`` where it is still wanted."""
@@ -416,6 +470,8 @@ class Intake:
             self._revoke(item, Cancelled("the task expired before it was started"), expired=True)
         elif item.request is not None and item.request.expired(now):
             self._fail(item, self._late(item, item.request))
+        elif item.request is not None and item.request.expired(now + (takes := self._at_least(item))):
+            self._fail(item, DeadlineExceeded(f"the deadline cannot be met: such requests take {takes:.3f} s or more"))
         else:
             return False
         return True
@@ -485,9 +541,10 @@ class Intake:
         while self._running and time.monotonic() < deadline:
             if not self._reports and not self._done:
                 time.sleep(0.005)
+            self._services.tend()
             self._settle_reports()
         self._settle_reports()
-        left = [item for batch in self._running.values() for item in batch.items if not item.ended]
+        left = self._open()
         for item in left:
             self._end(item, Outcome.give_back(item.lease), lambda: None)
             self._runner.abort(item)

@@ -19,19 +19,19 @@ MOST_RETRIES = 2**31
 
 def succeeded(item: InFlight, result: bytes, children: list[Any] | None = None) -> Outcome:
     """The request was answered; ``result`` is JSON."""
-    record = wire.success_meta(item.id, result, done=wire.now_iso(), extra=item.record_extra(), children=children or ())
+    record = wire.success_meta(item.id, result, extra=item.record_extra(), children=children or ())
     return Outcome(item.lease, result_key=_result_key(item), record=record, reply=item.reply)
 
 
 def failed(item: InFlight, error: FleetError, *, dead_reason: str = "") -> Outcome:
     """The request failed for good; with ``dead_reason`` its message is kept among the dead letters."""
-    record = wire.failure_meta(item.id, error, done=wire.now_iso(), extra=item.record_extra())
+    record = wire.failure_meta(item.id, error, extra=item.record_extra())
     return Outcome(item.lease, result_key=_result_key(item), record=record, reply=item.reply, dead_reason=dead_reason)
 
 
 def revoked(item: InFlight, error: BaseException) -> Outcome:
     """The request was cancelled, or its ``expires`` passed."""
-    record = wire.failure_meta(item.id, error, status="REVOKED", done=wire.now_iso(), extra=item.record_extra())
+    record = wire.failure_meta(item.id, error, status="REVOKED", extra=item.record_extra())
     return Outcome(item.lease, result_key=_result_key(item), record=record, reply=item.reply)
 
 
@@ -54,12 +54,12 @@ def hopped(
     message = wire.amended(item.envelope(queue), header=header, retries=retries)
     record: bytes | str = ""
     if error is not None:
-        record = wire.failure_meta(item.id, error, status="RETRY", done=wire.now_iso(), extra=item.record_extra())
+        record = wire.failure_meta(item.id, error, status="RETRY", extra=item.record_extra())
     return Outcome(
         item.lease,
         result_key=_result_key(item) if record else "",
         record=record,
-        push_list=keys.list_of(queue, item.priority),
+        push_list=keys.list_of(queue, item.priority, item.tenant),
         push_message=message,
         push_front=True,
     )

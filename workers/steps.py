@@ -16,6 +16,7 @@ from shared.errors import BadRequest, ConfigurationError, FleetError, Undecodabl
 from workers import outcome
 from workers.fleet import Fleet
 from workers.inflight import LONGEST_NAMES, InFlight
+from workers.intake import TEND_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,8 @@ class IntakeStep(bootsteps.StartStopStep):
     def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
         """The loop is about to run: settle what was left over, then sweep every few seconds."""
         fleet = fleet_of(consumer.app)
+        fleet.tend()
+        hub.call_repeatedly(TEND_SECONDS, fleet.tend)
         for intake in fleet.intakes.values():
             intake.attach(hub)
         interval = fleet.settings.fleet.sweep_seconds

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Protocol
@@ -23,7 +24,8 @@ from kombu.transport import redis as kombu_redis
 from shared import keys, wire
 from shared.errors import BadRequest, PayloadTooLarge, UndecodableMessage
 from shared.signing import Signer
-from workers.delivery import Claim, Claimed, Delivery, LeaseKeeper, Outcome
+from workers.delivery import LEFT_OUT_SECONDS, Claim, Claimed, Delivery, Outcome
+from workers.leases import LeaseKeeper
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +93,11 @@ class LeaseQoS(kombu_redis.virtual.QoS):
             self._end(Outcome(delivery_tag, dead_reason="rejected: no task of this name, or refused by it"))
 
     def _end(self, outcome: Outcome) -> None:
-        self.channel.delivery.settle([outcome])
-        self.channel.leases.release([outcome.lease])
-        self._quick_ack(outcome.lease)
+        try:
+            self.channel.delivery.settle([outcome])
+        finally:  # where the broker did not take it, the lease lapses: what is not acknowledged runs again
+            self.channel.leases.release([outcome.lease])
+            self._quick_ack(outcome.lease)
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
         """Give everything back that is still open, when the channel closes."""
@@ -126,6 +130,7 @@ class Channel(kombu_redis.Channel):
         self.unanswered = 0
         self._armed_for: set[str] = set()
         self._backlog: dict[str, int] = {}
+        self._look_at: dict[str, float] = {}
         self._unacknowledged: set[str] = set()
         super().__init__(*args, **kwargs)
         self.delivery = self.services.delivery
@@ -138,7 +143,9 @@ class Channel(kombu_redis.Channel):
         """The connection that waits; connected and tracking."""
         if self.waiter.connection is None:
             pool = self.async_pool
-            self.waiter.connection = pool.connection_class(**{**pool.connection_kwargs, "protocol": 3})
+            # Its health is checked by the question that it is asked: a PING would meet the answer to another.
+            options = {**pool.connection_kwargs, "protocol": 3, "health_check_interval": 0}
+            self.waiter.connection = pool.connection_class(**options)
         connection = self.waiter.connection
         if connection._sock is None:
             connection.connect()
@@ -160,7 +167,8 @@ class Channel(kombu_redis.Channel):
         if empty:
             self._armed_for |= empty
             self.unanswered += 1
-            connection.send_command("EXISTS", *(name for queue in sorted(empty) for name in keys.lists_of(queue)))
+            names = (name for queue in sorted(empty) for name in (*keys.lists_of(queue), *keys.lanes_of(queue)))
+            connection.send_command("EXISTS", *names)
 
     def _brpop_read(self, **options: Any) -> bool:
         """Something came on the waiting connection: the answer to the question, or the news of a change."""
@@ -206,6 +214,10 @@ class Channel(kombu_redis.Channel):
                 continue
             claim = self.delivery.claim(queue, room)
             self._backlog[queue] = claim.waiting
+            if claim.left_out and not claim.waiting:
+                self._look_at[queue] = time.monotonic() + LEFT_OUT_SECONDS
+            else:
+                self._look_at.pop(queue, None)
             if queue in self._unacknowledged:
                 self.delivery.settle([Outcome(message.lease) for message in claim.messages])
             for message in claim.messages:
@@ -230,7 +242,9 @@ class Channel(kombu_redis.Channel):
     @property
     def backlog(self) -> bool:
         """Whether a queue with room is known to hold messages."""
-        return any(waiting and self.room(queue) > 0 for queue, waiting in self._backlog.items())
+        now = time.monotonic() if self._look_at else 0.0
+        due = (queue for queue, when in self._look_at.items() if now >= when)
+        return any(self.room(queue) > 0 for queue in (*due, *(q for q, waiting in self._backlog.items() if waiting)))
 
     def _hand_over(self, queue: str, message: Claimed) -> None:
         envelope = self._read(queue, message)
@@ -250,6 +264,12 @@ class Channel(kombu_redis.Channel):
             return None
         envelope["properties"]["delivery_tag"] = message.lease
         return envelope
+
+    def _put_fanout(self, exchange: str, message: dict[str, Any], routing_key: str, **options: Any) -> None:
+        """Publish to whoever listens. What worker and dispatcher say is JSON that needs nothing of kombu's encoder."""
+        with self.conn_or_acquire() as client:
+            for topic in self._get_publish_topics(exchange, routing_key):
+                client.publish(topic, wire.dumps(message))
 
     def _get(self, queue: str) -> dict[str, Any]:
         claim = self.delivery.claim(queue, 1)
@@ -302,7 +322,7 @@ def refusal(message: Claimed, error: BadRequest) -> Outcome:
     task_id = wire.usable_id(headers.get("id"))
     if not task_id:
         return Outcome(message.lease, dead_reason=reason)
-    record = wire.failure_meta(task_id, error, done=wire.now_iso())
+    record = wire.failure_meta(task_id, error)
     return Outcome(
         message.lease,
         result_key=keys.result_key(task_id),

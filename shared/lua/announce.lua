@@ -5,6 +5,7 @@
 -- ARGV[1]  worker id
 -- ARGV[2]  what it announces, JSON; empty: the worker leaves
 -- ARGV[3]  ms of silence after which a worker is dropped
+redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 if ARGV[2] == '' then

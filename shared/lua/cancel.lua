@@ -5,6 +5,7 @@
 -- ARGV[1]  result record
 -- ARGV[2]  seconds that results are kept
 -- Returns  1, or 0 where the request had ended before
+redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
 local existing = redis.call('GET', KEYS[1])
 if existing then
   local ok, record = pcall(cjson.decode, existing)

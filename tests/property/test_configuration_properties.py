@@ -31,6 +31,7 @@ RELATED = {
     "monitoring.server.preload_models",
     "models.catalog",
     "fleet.signing_key",
+    "fleet.tenants",
 }
 INDEPENDENT = [option for option in options() if option.key not in RELATED]
 TEXTS = {

@@ -4,6 +4,7 @@
 -- ARGV[1]  lease length, ms
 -- ARGV[2+] lease id and the ms since the epoch past which it is not to be kept (0: no such time), in turn
 -- Returns  the leases that are lost
+redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local lost = {}
