@@ -46,7 +46,8 @@ def url(broker: EmbeddedBroker, user: str) -> str:
 def fleet(guarded: EmbeddedBroker, tmp_path: Path) -> Iterator[FleetUnderTest]:
     """A fleet whose workers are the worker user."""
     config = tmp_path / "fleet.yaml"
-    config.write_text(yaml.safe_dump(FAKE), encoding="utf-8")
+    quotas = {"fleet": {"tenants": {"acme": {"requests_per_second": 100}}}}
+    config.write_text(yaml.safe_dump({**FAKE, **quotas}), encoding="utf-8")
     fleet = FleetUnderTest(url(guarded, "worker"), tmp_path, config)
     yield fleet
     fleet.stop()

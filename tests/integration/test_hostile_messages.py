@@ -166,3 +166,16 @@ def test_nothing_is_unpickled_or_read_as_yaml(fleet: FleetUnderTest, redis_clien
     assert list(ours.control.inspect(timeout=2).ping().values()) == [{"ok": "pong"}]
     assert fleet.client.submit(ECHO).result(10).text == "olleh"
     assert not file.exists()
+
+
+def test_a_worker_can_be_deaf_to_remote_control(make_fleet) -> None:
+    """With fleet.remote_control off, a shutdown that anybody may have published is not obeyed."""
+    fleet = make_fleet(fleet={"remote_control": False})
+    fleet.start_worker()
+    app = bare_app(fleet.url)
+
+    app.control.broadcast("shutdown")
+
+    assert app.control.inspect(timeout=1).ping() is None
+    assert fleet.client.submit(ECHO).result(10).text == "olleh"
+    assert fleet.processes[0].poll() is None
