@@ -16,7 +16,15 @@ import orjson
 
 from producer.records import Outcome
 from shared.contract import InferenceRequest
-from shared.errors import BadRequest, BrokerRefused, BrokerUnavailable, DeadlineExceeded, FleetError, SpoolFull
+from shared.errors import (
+    BadRequest,
+    BrokerRefused,
+    BrokerUnavailable,
+    ConfigurationError,
+    DeadlineExceeded,
+    FleetError,
+    SpoolFull,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -66,22 +74,26 @@ class Spooled:
 class Spool:
     """A file of requests, the oldest first. Safe to use from several threads, and from several processes at once.
 
-    What :meth:`add` has taken survives the end of the process and of the machine.
+    What :meth:`add` has taken survives the end of the process and of the machine. Raises :class:`ConfigurationError`
+    where ``path`` cannot be used.
     """
 
     def __init__(self, path: Path, max_bytes: int) -> None:
         self.path = path
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)  # it holds inputs
-        self._file = sqlite3.connect(path, timeout=LOCK_SECONDS, isolation_level=None, check_same_thread=False)
-        self._file.execute("PRAGMA journal_mode=WAL")
-        self._file.execute("PRAGMA synchronous=FULL")
-        self._file.execute(_SCHEMA)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)  # it holds inputs
+            self._file = sqlite3.connect(path, timeout=LOCK_SECONDS, isolation_level=None, check_same_thread=False)
+            self._file.execute("PRAGMA journal_mode=WAL")
+            self._file.execute("PRAGMA synchronous=FULL")
+            self._file.execute(_SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigurationError(f"fleet.spool_path: {path} cannot be used as a spool: {error}") from error
 
     def add(self, requests: Sequence[InferenceRequest]) -> None:
-        """Keep all of them or, where they do not fit, none: then :class:`SpoolFull` is raised.
+        """Keep all of them or, where they do not fit or the disk fails, none: then :class:`SpoolFull` is raised.
 
         A request whose id is there already is there once.
         """
@@ -90,14 +102,15 @@ class Spool:
         for request in requests:
             fields = request.model_dump(mode="json", exclude_defaults=True) | {"id": request.id}
             rows.append((request.id, now, orjson.dumps(fields)))
-        with self._transaction() as file:
-            file.executemany("INSERT OR IGNORE INTO spool (id, time, request) VALUES (?, ?, ?)", rows)
-            (used,) = file.execute("SELECT coalesce(sum(length(request)), 0) FROM spool").fetchone()
-            if used > self._max_bytes:
-                raise SpoolFull(
-                    f"cannot submit: the broker is away, and {self.path} is full "
-                    f"(fleet.spool_max_bytes is {self._max_bytes})"
-                )
+        away = f"cannot submit: the broker is away, and {self.path}"
+        try:
+            with self._transaction() as file:
+                file.executemany("INSERT OR IGNORE INTO spool (id, time, request) VALUES (?, ?, ?)", rows)
+                (used,) = file.execute("SELECT coalesce(sum(length(request)), 0) FROM spool").fetchone()
+                if used > self._max_bytes:
+                    raise SpoolFull(f"{away} is full (fleet.spool_max_bytes is {self._max_bytes})")
+        except sqlite3.Error as error:
+            raise SpoolFull(f"{away} cannot be written: {error}") from error
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -105,10 +118,11 @@ class Spool:
             self._file.execute("BEGIN IMMEDIATE")
             try:
                 yield self._file
+                self._file.execute("COMMIT")
             except BaseException:
-                self._file.execute("ROLLBACK")
+                if self._file.in_transaction:
+                    self._file.execute("ROLLBACK")
                 raise
-            self._file.execute("COMMIT")
 
     def oldest(self, limit: int, after: int = 0) -> list[Spooled]:
         """The first of those that come after number ``after``."""
@@ -148,7 +162,7 @@ Answer = Callable[[str, Outcome], None]
 class SpoolSender:
     """Delivers what is in a spool, the oldest first, from a thread of its own.
 
-    While anything is there that it has not delivered, new requests go behind it. ``send`` submits requests, each id
+    While the broker is away new requests go behind what is there. ``send`` submits requests, each id
     once however often it is called; ``answer`` is told of those that cannot be submitted at all.
     """
 
@@ -243,15 +257,19 @@ class SpoolSender:
     def _run(self) -> None:
         pause = PAUSE_FIRST
         while self._wake.wait() and not self._closed.is_set():
+            away = False
             try:
                 if sent := self.deliver():
                     logger.warning("%d spooled requests were delivered", sent)
                     pause = PAUSE_FIRST
+                    continue  # there may be more by now
             except (FleetError, sqlite3.Error) as error:
                 logger.info("the spool is not delivered yet: %s", error)
+                away = True
             with self._lock:
-                self._behind = len(self._spool) > 0
-                if not self._behind and not self._closed.is_set():
+                left = len(self._spool) > 0
+                self._behind = left and away  # what nobody serves holds nobody up
+                if not left and not self._closed.is_set():
                     self._wake.clear()
                     continue
             self._closed.wait(pause)

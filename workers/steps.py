@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from functools import partial
 from typing import Any
 
 from celery import bootsteps
 from celery.app.task import Task
-from celery.exceptions import WorkerShutdown
+from celery.exceptions import CPendingDeprecationWarning, WorkerShutdown
 from celery.worker.consumer import Consumer
 
 from shared.contract import TASK_NAME, EngineName
@@ -32,8 +33,14 @@ RECONNECT_SECONDS = 2.0
 """Longest pause between two tries to connect: Celery's own grows to 30 s while a broker is away."""
 
 
+BRIEF_SECONDS = 1.0
+"""A connection that lasts no longer than this is not worth another at once."""
+
+
 class FleetConsumer(Consumer):
     """Celery's consumer without its gossip: the registry knows who lives, and orphaned gossip queues fill brokers."""
+
+    _lost_at = float("-inf")
 
     def __init__(self, *args: Any, worker_options: dict[str, Any] | None = None, **kwargs: Any) -> None:
         options = {**(worker_options or {}), "without_mingle": True, "without_gossip": True}
@@ -79,6 +86,16 @@ class FleetConsumer(Consumer):
             conn.ensure_connection, interval_start=0.5, interval_step=0.5, interval_max=RECONNECT_SECONDS
         )
         return super().ensure_connected(conn)
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        """Close what is left of the connection; where it did not last, pause before the next."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CPendingDeprecationWarning)  # of a setting that is set
+            super().on_connection_error_after_connected(exc)
+        now, last = time.monotonic(), self._lost_at
+        self._lost_at = now
+        if now - last < BRIEF_SECONDS:
+            time.sleep(BRIEF_SECONDS / 2)
 
 
 class EngineStep(bootsteps.StartStopStep):

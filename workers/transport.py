@@ -20,7 +20,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from kombu.transport import redis as kombu_redis
-from redis.exceptions import ReadOnlyError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError
 
 from shared import keys, wire
 from shared.errors import BadRequest, PayloadTooLarge, UndecodableMessage
@@ -226,6 +226,14 @@ class Channel(kombu_redis.Channel):
             intake = self.intakes.get(queue)
             if intake is not None:
                 intake.claimed(claim)
+
+    def _queue_bind(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._queue_bind(*args, **kwargs)
+        except OutOfMemoryError as error:
+            # To take requests no binding is needed, and what waits must be worked on to make room. A sender binds the
+            # queue that it sends to, and the bindings of remote control are refreshed.
+            logger.warning("a queue is not bound yet: %s", error)
 
     def basic_consume(self, queue: str, no_ack: bool, *args: Any, **kwargs: Any) -> Any:
         """Consume; what a consumer does not acknowledge (replies of remote control) is done with when it is taken."""

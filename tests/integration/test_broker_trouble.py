@@ -268,6 +268,7 @@ def test_a_full_broker_refuses_producers_and_lets_workers_empty_it(
         own_fleet.client.submit(ECHO)
     with pytest.raises(BrokerFull):
         own_fleet.client.submit(ECHO)
+    admin.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")  # also those who connect anew
     assert [handle.result(20).text for handle in handles] == ["olleh"] * 20
     assert len(own_fleet.client.fleet()) == 1
     admin.config_set("maxmemory", 0)

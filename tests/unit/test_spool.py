@@ -20,6 +20,7 @@ from shared.errors import (
     BadRequest,
     BrokerRefused,
     BrokerUnavailable,
+    ConfigurationError,
     FleetError,
     NoEngineAvailable,
     SpoolFull,
@@ -140,6 +141,31 @@ def test_the_next_sender_delivers_what_the_last_one_left(make_spool) -> None:
 
     eventually(lambda: broker.taken == ["a", "b"], 10)
     sender.close()
+
+
+def test_what_nobody_serves_holds_nobody_up(make_spool) -> None:
+    """One request that stays in the spool does not send those after it the long way."""
+    make_spool().add([request("nobody")])
+    broker = Broker()
+    sender = SpoolSender(make_spool(), broker.send)
+    sender.start()
+    eventually(lambda: broker.tries >= 2, 10)
+
+    eventually(lambda: sender.submit([request("a")]) or "a" in broker.taken, 10)
+    sender.submit([request("b")])
+
+    assert broker.taken[-1] == "b"
+    assert [entry.id for entry in make_spool()] == ["nobody"]
+    sender.close()
+
+
+def test_a_file_that_is_no_spool_is_said(tmp_path: Path) -> None:
+    """A path that cannot be used is an error of the configuration, not of SQLite."""
+    path = tmp_path / "text"
+    path.write_text("not a database, but long enough to be looked at " * 50)
+
+    with pytest.raises(ConfigurationError, match=r"fleet.spool_path: .* cannot be used"):
+        Spool(path, 1000)
 
 
 def test_bad_ones_leave_and_unserved_ones_stay(make_spool) -> None:
