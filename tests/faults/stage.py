@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -83,7 +84,7 @@ class Stage:
         self.config = folder / "fleet.yaml"
         self.config.write_text(yaml.safe_dump(merged(merged(FAKE, DEFAULTS), changes)), encoding="utf-8")
         self._stack = ExitStack()
-        self._numbered = 0
+        self._numbers = itertools.count()
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -118,10 +119,9 @@ class Stage:
 
     def requests(self, count: int, prompt: str = "", model: str = "echo") -> list[dict[str, Any]]:
         """So many requests with ids of their own; each asks for the answer that only it ought to get."""
-        first, self._numbered = self._numbered, self._numbered + count
         return [
             {"id": f"r{number}", "model": model, "inputs": {"prompt": f"{prompt} {number}".strip()}}
-            for number in range(first, first + count)
+            for number in itertools.islice(self._numbers, count)
         ]
 
     def submit(

@@ -28,9 +28,9 @@ class Scenario:
         return self.run(folder, **self.short)
 
 
-def missed(figures: list[Figure]) -> list[Figure]:
-    """Those that do not meet their bars."""
-    return [figure for figure in figures if not figure.met]
+def missed(figures: list[Figure]) -> str:
+    """Those that do not meet their bars, a line each."""
+    return "\n".join(f"{figure.name}: {figure.value:g}, not {figure.bar}" for figure in figures if not figure.met)
 
 
 SCENARIOS = {
