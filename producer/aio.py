@@ -12,7 +12,7 @@ from producer.records import Outcome, RequestStatus
 from shared.contract import InferenceResult
 from shared.errors import FleetError
 from shared.registry import WorkerInfo
-from shared.settings import Settings
+from shared.settings import OnOutage, Settings
 
 
 class AsyncHandle:
@@ -54,8 +54,10 @@ class AsyncHandle:
 class AsyncClient:
     """:class:`~producer.client.Client` for asyncio; the arguments and errors are the same."""
 
-    def __init__(self, redis_url: str | None = None, settings: Settings | None = None) -> None:
-        self._client = Client(redis_url, settings)
+    def __init__(
+        self, redis_url: str | None = None, settings: Settings | None = None, *, on_outage: OnOutage | None = None
+    ) -> None:
+        self._client = Client(redis_url, settings, on_outage=on_outage)
 
     async def __aenter__(self) -> Self:
         return self

@@ -16,7 +16,9 @@ import orjson
 import typer
 import yaml
 
+from producer import cli_spool
 from producer.batch import BatchOptions, opened, run_batch
+from producer.cli_options import Config, RedisUrl, settings_of
 from producer.cli_show import (
     BatchProgress,
     console,
@@ -30,14 +32,14 @@ from producer.cli_show import (
 from producer.client import Client
 from producer.dead import DeadLetter, DeadLetters
 from producer.doctor import examine
-from producer.findings import Grade
 from producer.records import Outcome
 from producer.shorthand import complete
 from shared.contract import EngineName, InferenceRequest, Kind, Priority
 from shared.errors import BadRequest, BrokerUnavailable, ConfigurationError, FleetError
+from shared.findings import Grade
 from shared.masking import masked
 from shared.settings import Settings
-from shared.settings_loader import configuration_file, load_settings
+from shared.settings_loader import configuration_file
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 POLL_FIRST, POLL_LONGEST = 0.02, 0.5
@@ -51,10 +53,6 @@ app = typer.Typer(
     add_completion=False,
 )
 
-RedisUrl = Annotated[str | None, typer.Option("--redis-url", help="The broker; also REDIS_URL.", show_default=False)]
-Config = Annotated[
-    Path | None, typer.Option("--config", help="The configuration file; also MUAI_CONFIG.", show_default=False)
-]
 Timeout = Annotated[float | None, typer.Option("--timeout", min=0.001, help="Seconds.", show_default=False)]
 
 
@@ -82,11 +80,6 @@ def _fail(message: str) -> NoReturn:
     for line in message.splitlines():
         sys.stderr.write(f"muai: {line}\n")
     sys.exit(EXIT_USAGE)
-
-
-def _settings(config: Path | None, redis_url: str | None) -> Settings:
-    # Given as the variable it stands for, the URL is checked like any other.
-    return load_settings(config, {**os.environ, "MUAI_FLEET_REDIS_URL": redis_url} if redis_url else None)
 
 
 # --- one request --------------------------------------------------------------------------------------------------
@@ -125,13 +118,14 @@ def submit(
     }  # fmt: skip
     options = {name: value for name, value in given.items() if value not in (None, [])}
     request = InferenceRequest.parse(complete({**_read_object(source), **options} if source else options))
-    with Client(settings=_settings(config, redis_url)) as client:
+    with Client(settings=settings_of(config, redis_url)) as client:
         handle = client.submit(request, timeout=timeout)
         if not wait:
             print(handle.id)
             return
         try:
-            outcome = handle.outcome(None if timeout is None else timeout + ANSWER_GRACE)
+            longest = None if timeout is None else timeout + ANSWER_GRACE
+            outcome = handle.outcome(longest, through_outages=client.on_outage != "raise")
         except KeyboardInterrupt:
             sys.stderr.write(f"muai: the request goes on; its answer: muai result {handle.id}\n")
             raise
@@ -177,7 +171,7 @@ def result(
     config: Config = None,
 ) -> None:
     """Print the answer to a request that was submitted before."""
-    with Client(settings=_settings(config, redis_url)) as client:
+    with Client(settings=settings_of(config, redis_url)) as client:
         deadline = time.monotonic() + timeout
         pause = POLL_FIRST
         # Its answer goes to whoever submitted it, so all that can be done here is to look.
@@ -199,7 +193,7 @@ def cancel(
     request_id: Annotated[str, typer.Argument(metavar="ID")], redis_url: RedisUrl = None, config: Config = None
 ) -> None:
     """Cancel a request."""
-    with Client(settings=_settings(config, redis_url)) as client:
+    with Client(settings=settings_of(config, redis_url)) as client:
         if not client.cancel(request_id):
             sys.stderr.write(f"muai: request {request_id} had ended before\n")
             raise typer.Exit(EXIT_FAILED)
@@ -225,7 +219,7 @@ def batch(
                                    and Path(source).samefile(target)):  # fmt: skip
         raise BadRequest("IN and OUT are the same file")
     options = BatchOptions(model, kind, window, timeout, retry_errors)
-    settings = _settings(config, redis_url)
+    settings = settings_of(config, redis_url)
     with (
         nullcontext(sys.stdin.buffer) if source == "-" else Path(source).open("rb") as stream,
         opened(target, drop_errors=retry_errors) as output,
@@ -264,7 +258,7 @@ def dead_list(
     config: Config = None,
 ) -> None:
     """Show dead letters, without their inputs, and how many there are for each reason."""
-    with Client(settings=_settings(config, redis_url)) as client:
+    with Client(settings=settings_of(config, redis_url)) as client:
         letters = [letter for letter in client.dead_letters() if reason is None or reason in letter.reason]
     if as_json:
         for letter in letters[:limit]:
@@ -283,7 +277,7 @@ def dead_show(
     config: Config = None,
 ) -> None:
     """Print a dead letter as JSON."""
-    with Client(settings=_settings(config, redis_url)) as client:
+    with Client(settings=settings_of(config, redis_url)) as client:
         for found in client.dead_letters().find([letter]):
             print(json_line(found.summary() | ({"arguments": found.arguments()} if inputs else {})))
 
@@ -297,7 +291,7 @@ def dead_replay(
     config: Config = None,
 ) -> None:
     """Put dead letters back on their queues: they are tried again, and their failure is forgotten."""
-    with Client(settings=_settings(config, redis_url)) as client:
+    with Client(settings=settings_of(config, redis_url)) as client:
         chosen = _chosen(client.dead_letters(), letters, everything, reason)
         print(f"{client.dead_letters().replay(chosen)} put back")
 
@@ -311,7 +305,7 @@ def dead_drop(
     config: Config = None,
 ) -> None:
     """Forget dead letters; what their callers were told stays."""
-    with Client(settings=_settings(config, redis_url)) as client:
+    with Client(settings=settings_of(config, redis_url)) as client:
         chosen = _chosen(client.dead_letters(), letters, everything, reason)
         print(f"{client.dead_letters().drop(chosen)} dropped")
 
@@ -324,6 +318,8 @@ def _chosen(store: DeadLetters, names: list[str] | None, everything: bool, reaso
     raise BadRequest("name dead letters, or give --all or --reason; see: muai dead list")
 
 
+app.add_typer(cli_spool.app, name="spool")
+
 # --- the fleet ----------------------------------------------------------------------------------------------------
 
 
@@ -334,7 +330,7 @@ def status(
     config: Config = None,
 ) -> None:
     """Show the workers, the queues and the dead letters."""
-    with Client(settings=_settings(config, redis_url)) as client:
+    with Client(settings=settings_of(config, redis_url)) as client:
         workers, lengths = client.fleet(), client.queue_lengths()
     if as_json:
         print(status_json(workers, lengths))
@@ -353,7 +349,7 @@ def doctor(
     """Check this machine and say what mends it; exit status 1 where something fails."""
     settings: Settings | FleetError
     try:
-        settings = _settings(config, redis_url)
+        settings = settings_of(config, redis_url)
     except ConfigurationError as error:
         settings = error
     failed = False
@@ -393,7 +389,7 @@ def broker(
 @app.command("config")
 def show_config(redis_url: RedisUrl = None, config: Config = None) -> None:
     """Print the configuration as it counts here, secrets masked."""
-    settings = _settings(config, redis_url)
+    settings = settings_of(config, redis_url)
     print(f"# {configuration_file(config) or 'no file'}, over the defaults and under the environment")
     print(yaml.safe_dump(masked(settings.model_dump(mode="json")), sort_keys=False, allow_unicode=True), end="")
 

@@ -16,8 +16,9 @@ from rich.text import Text
 
 from producer.batch import Summary
 from producer.dead import DeadLetter
-from producer.findings import Finding, Grade
+from producer.spool import Spooled
 from shared.contract import InferenceResult
+from shared.findings import Finding, Grade
 from shared.registry import WorkerInfo
 
 PLAIN_WIDTH = 200
@@ -100,6 +101,20 @@ def dead_tables(letters: Sequence[DeadLetter], limit: int) -> list[Table | Text]
         table.add_row(*map(Text, (letter.id, letter.request_id or "-", when, letter.queue, letter.reason)))
     more = len(letters) - limit
     return [reasons, Text(""), table, *([Text(f"and {more} more: --limit")] if more > 0 else [])]
+
+
+def spool_tables(entries: Sequence[Spooled], total: int) -> list[Table | Text]:
+    """The oldest of ``total`` spooled requests."""
+    if not entries:
+        return [Text("the spool is empty")]
+    table = _table("request", "when", "model", "kind", "bytes")
+    for entry in entries:
+        shown = entry.summary()
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.time))
+        names = (str(shown.get("model", "-")), str(shown.get("kind", "-")))
+        table.add_row(*map(Text, (entry.id, when, *names, str(shown["bytes"]))))
+    more = total - len(entries)
+    return [table, *([Text(f"and {more} more: --limit")] if more > 0 else [])]
 
 
 def _models(served: Mapping[str, Any], failed: Mapping[str, str]) -> Text:

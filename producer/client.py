@@ -6,6 +6,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -14,6 +15,7 @@ import orjson
 
 from producer.dead import DeadLetters
 from producer.handle import Handle
+from producer.outage import policy
 from producer.records import Outcome, RequestStatus, read, status_of
 from producer.replies import ReplyReader
 from producer.submitter import Submitter
@@ -23,7 +25,7 @@ from shared.contract import EngineName, InferenceRequest, InferenceResult
 from shared.errors import BrokerUnavailable, Cancelled, FleetError, NoEngineAvailable, Overloaded
 from shared.registry import WorkerInfo, WorkerRegistry
 from shared.routing import choose, park
-from shared.settings import Settings
+from shared.settings import OnOutage, Settings
 
 REGISTRY_SECONDS = 1.0
 """How old the list of live workers may be when an engine is chosen."""
@@ -44,9 +46,16 @@ class Client:
     Args:
         redis_url: the broker; by default what the settings say.
         settings: by default what :func:`shared.settings_loader.load_settings` finds.
+        on_outage: what submitting does while the broker is away; by default what the settings say. ``"raise"`` raises
+            :class:`~shared.errors.BrokerUnavailable`, whose ``requests`` can be submitted again. ``"wait"`` tries again
+            until the request's deadline (for ever, without one). ``"spool"`` keeps the request in the file
+            ``fleet.spool_path``, returns its handle at once, and delivers it when the broker is back, after a crash of
+            this process too: then by the next client with this spool.
     """
 
-    def __init__(self, redis_url: str | None = None, settings: Settings | None = None) -> None:
+    def __init__(
+        self, redis_url: str | None = None, settings: Settings | None = None, *, on_outage: OnOutage | None = None
+    ) -> None:
         if settings is None:
             from shared.settings_loader import load_settings
 
@@ -64,6 +73,8 @@ class Client:
         self._workers: list[WorkerInfo] = []
         self._workers_at = float("-inf")
         self._choices: dict[tuple[object, ...], EngineName] = {}
+        self.on_outage: OnOutage = on_outage or self._fleet.on_outage
+        self._outages = policy(self.on_outage, self._fleet, self._send, self._replies)
 
     def __enter__(self) -> Self:
         return self
@@ -75,6 +86,7 @@ class Client:
 
     def close(self) -> None:
         """Stop waiting for results. Requests that are under way go on; their results stay readable by id."""
+        self._outages.close()
         self._replies.close()
         self._redis.close()
 
@@ -101,24 +113,29 @@ class Client:
 
         An id is submitted once: again, it gives a handle of the same request, which is not run again.
         """
-        now = time.time()
-        deadline = None if timeout is None else now + timeout
+        deadline = None if timeout is None else time.time() + timeout
         prepared = [_prepare(request, deadline) for request in requests]
-        chosen = [(request, self._choose(request)) for request in prepared]
         ids = [request.id for request in prepared]
         futures = self._replies.expect(ids)
         try:
-            new = self._submitter.submit(chosen, now)
-        except FleetError:
+            self._outages.submit(prepared)
+        except FleetError as error:
             self._replies.forget(ids)
+            if isinstance(error, BrokerUnavailable):
+                error.requests = tuple(request.model_copy(update={"id": request.id}) for request in prepared)
             raise
-        for request, pushed in zip(prepared, new, strict=True):
-            if not pushed:
-                self.recover(request.id)
         return [
             Handle(request.id, future, self, request.deadline)
             for request, future in zip(prepared, futures, strict=True)
         ]
+
+    def _send(self, requests: Sequence[InferenceRequest]) -> None:
+        """Choose an engine for each and push all of them, each id once; one that has its answer gets it."""
+        new = self._submitter.submit([(request, self._choose(request)) for request in requests], time.time())
+        for request, pushed in zip(requests, new, strict=True):
+            if not pushed:
+                with suppress(BrokerUnavailable):  # its handle looks again
+                    self.recover(request.id)
 
     def map(
         self,
@@ -135,8 +152,9 @@ class Client:
         ``requests`` is read as results are taken, so memory stays bounded whatever its length. Where a queue is full
         or a quota used up, it waits for room. An item that is a result or an error already (of a line that could not be
         read, say) is yielded in its place. With ``errors="yield"`` an error takes its result's place and the rest go
-        on; with ``"raise"`` the first one is raised. ``timeout`` is each request's, in seconds. ``progress=True`` draws
-        a bar on the terminal; ``total`` is how many there will be, where ``requests`` has no length.
+        on; with ``"raise"`` the first one is raised, and with ``on_outage="raise"`` so is the broker's absence.
+        ``timeout`` is each request's, in seconds. ``progress=True`` draws a bar on the terminal; ``total`` is how many
+        there will be, where ``requests`` has no length.
         """
         if total is None and isinstance(requests, Sequence):
             total = len(requests)
@@ -154,7 +172,8 @@ class Client:
                 if not under_way:
                     return
                 head = under_way.popleft()
-                outcome = head.outcome() if isinstance(head, Handle) else head
+                patient = self.on_outage != "raise"
+                outcome = head.outcome(through_outages=patient) if isinstance(head, Handle) else head
                 if isinstance(outcome, FleetError) and errors == "raise":
                     raise outcome
                 done += 1

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from producer.doctor_broker import check_broker
-from producer.findings import Finding, Grade
 from shared.contract import EngineName
 from shared.errors import FleetError
+from shared.findings import Finding, Grade
 from shared.settings import ModelSpec, Settings
 
 OLDEST_PYTHON = (3, 11)

@@ -10,17 +10,17 @@ from urllib.parse import urlsplit
 
 import redis
 
-from producer.findings import Finding, Grade
 from shared import keys
 from shared.broker import connect
+from shared.broker_checks import check_eviction, check_persistence, check_version
 from shared.errors import FleetError
+from shared.findings import Finding, Grade
 from shared.gpus import GpuBoard, read_gpus
 from shared.masking import masked_url
 from shared.registry import WorkerInfo, WorkerRegistry
 from shared.settings import Settings
 from shared.tls import unchecked
 
-OLDEST_BROKER = (6, 2)
 SLOW_BROKER_MS = 5.0
 
 
@@ -84,39 +84,6 @@ def _ping_ms(client: redis.Redis) -> float:
     started = time.perf_counter()
     client.ping()
     return (time.perf_counter() - started) * 1000
-
-
-def check_version(info: dict[str, Any], url: str) -> Finding:
-    """Whether the server knows the commands that the scripts use."""
-    version = str(info.get("redis_version", "0"))
-    name = f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {version}"
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_BROKER:
-        return Finding(Grade.FAIL, "broker", f"{name} at {url}; needed: 6.2 or newer", "upgrade the broker")
-    return Finding(Grade.OK, "broker", f"{name} at {url}")
-
-
-def check_persistence(info: dict[str, Any]) -> Finding:
-    """Whether requests outlive the broker."""
-    if int(info.get("aof_enabled", 0)):
-        if info.get("aof_last_write_status", "ok") != "ok":
-            return Finding(Grade.FAIL, "persistence", "the append-only file cannot be written", "make room on its disk")
-        return Finding(Grade.OK, "persistence", "append-only file")
-    return Finding(
-        Grade.WARN, "persistence", "no append-only file: what waits is lost when the broker dies",
-        'redis-cli -u "$REDIS_URL" CONFIG SET appendonly yes  (embedded: muai broker keeps one)',
-    )  # fmt: skip
-
-
-def check_eviction(info: dict[str, Any]) -> Finding:
-    """Whether a full broker refuses new requests instead of dropping old ones."""
-    policy, limit = str(info.get("maxmemory_policy", "noeviction")), int(info.get("maxmemory", 0))
-    text = f"maxmemory-policy {policy}, maxmemory {f'{limit / 1e6:.0f} MB' if limit else 'not limited'}"
-    if policy == "noeviction":
-        return Finding(Grade.OK, "memory", text)
-    remedy = 'redis-cli -u "$REDIS_URL" CONFIG SET maxmemory-policy noeviction'
-    if limit:
-        return Finding(Grade.FAIL, "memory", f"{text}: a full broker would drop requests", remedy)
-    return Finding(Grade.WARN, "memory", f"{text}: with a limit it would drop requests", remedy)
 
 
 def check_latency(milliseconds: float) -> Finding:

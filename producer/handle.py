@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from producer.records import Outcome, RequestStatus
 from shared.contract import InferenceResult
-from shared.errors import DeadlineExceeded, FleetError
+from shared.errors import BrokerRefused, BrokerUnavailable, DeadlineExceeded, FleetError
 
 if TYPE_CHECKING:
     from producer.client import Client
@@ -44,11 +44,12 @@ class Handle:
         """Where the request is now; asks the broker unless it has ended here."""
         return self._client.status(self.id)
 
-    def outcome(self, timeout: float | None = None) -> Outcome:
+    def outcome(self, timeout: float | None = None, *, through_outages: bool = True) -> Outcome:
         """The result or the error, as a value. Raises :class:`TimeoutError` after ``timeout`` seconds.
 
         A request whose own deadline passed while no worker was there to say so ends with
-        :class:`~shared.errors.DeadlineExceeded`.
+        :class:`~shared.errors.DeadlineExceeded`. A broker that is away is waited for, unless ``through_outages`` is
+        false: then :class:`~shared.errors.BrokerUnavailable` is raised within seconds.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -56,22 +57,28 @@ class Handle:
             try:
                 return self.future.result(max(0.0, min(left, self._abandoned_in(), POLL_SECONDS)))
             except FutureTimeout:
-                if (found := self.look()) is not None:
+                if (found := self.look(through_outages)) is not None:
                     return found
                 if deadline is not None and time.monotonic() >= deadline and not self.future.done():
                     raise TimeoutError(f"request {self.id} has no result after {timeout} s") from None
 
-    def look(self) -> Outcome | None:
+    def look(self, through_outages: bool = True) -> Outcome | None:
         """Look for the result where it is stored; a request that nobody will answer any more has an error instead."""
-        found = self._client.recover(self.id)
-        if found is not None or self.future.done() or self.deadline is None or time.time() < self.deadline:
-            return found
-        if not self._client.fleet():
-            return DeadlineExceeded("the request's deadline passed and no worker is alive")
+        reason = "no worker has answered"
+        try:
+            found = self._client.recover(self.id)
+            if found is not None or self.future.done() or self.deadline is None or time.time() < self.deadline:
+                return found
+            if not self._client.fleet():
+                return DeadlineExceeded("the request's deadline passed and no worker is alive")
+        except BrokerUnavailable as error:
+            if not through_outages or isinstance(error, BrokerRefused):
+                raise
+            if self.deadline is None or time.time() < self.deadline:
+                return None
+            reason = "the broker is away"
         self._grace = DEADLINE_GRACE_SECONDS
-        if self._abandoned_in() <= 0:
-            return DeadlineExceeded("the request's deadline passed and no worker has answered")
-        return None
+        return DeadlineExceeded(f"the request's deadline passed and {reason}") if self._abandoned_in() <= 0 else None
 
     def _abandoned_in(self) -> float:
         """Seconds until an answer is not to be expected any more."""

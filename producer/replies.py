@@ -63,8 +63,11 @@ class ReplyReader:
         except (ValueError, KeyError, TypeError):
             logger.exception("a record on the reply stream cannot be read; its request is looked up where it is stored")
             return
-        if outcome is None:
-            return
+        if outcome is not None:
+            self.answer(request_id, outcome)
+
+    def answer(self, request_id: str, outcome: Outcome) -> None:
+        """Resolve a request's future, where it is waited for."""
         with self._lock:
             future = self._waiting.pop(request_id, None)
         if future is not None:
@@ -80,7 +83,7 @@ class ReplyReader:
 
     def _wake(self) -> None:
         """An empty entry ends the reader's blocking read at once; without it, closing would take up to that long."""
-        client = connect(self._fleet)
+        client = connect(self._fleet, socket_timeout=BLOCK_MS / 1000)
         try:
             with client.pipeline(transaction=True) as pipe:
                 pipe.xadd(self.stream, {b"wake": b""})

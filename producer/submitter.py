@@ -10,7 +10,7 @@ import redis
 
 from shared import keys, wire
 from shared.broker import broker_errors, lua
-from shared.contract import EngineName, InferenceRequest
+from shared.contract import DEFAULT_TENANT, EngineName, InferenceRequest
 from shared.errors import QueueFull, QuotaExceeded
 from shared.settings import Settings, TenantSettings
 from shared.signing import Signer
@@ -57,7 +57,8 @@ class Submitter:
                 group = groups[name] = _Group(request.tenant)
             group.places.append(place)
             group.arguments += (request.id, wire.encode_request(
-                request, queue, sent=sent, reply=self._reply, max_bytes=self._fleet.max_payload_bytes, sign=self._sign
+                request, queue, sent=sent, reply=self._reply, max_bytes=self._fleet.max_payload_bytes,
+                sign=self._sign,
             ))  # fmt: skip
         if not groups:
             return []
@@ -85,7 +86,7 @@ class Submitter:
 
     def _refusal(self, answer: list[Any], count: int) -> QueueFull | QuotaExceeded:
         if answer[0] == b"rate":
-            tenant = answer[1].decode() or keys.SHARED_TENANT
+            tenant = answer[1].decode() or DEFAULT_TENANT
             retry_after = min(LONGEST_WAIT_SECONDS, answer[2] / 1000)
             return QuotaExceeded(
                 f"tenant {tenant!r} submits more than its quota (fleet.tenants); try again in {retry_after:.2f} s",

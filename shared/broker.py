@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib import resources
-from typing import Protocol
+from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from shared.errors import BrokerUnavailable, ConfigurationError
+from shared.errors import BrokerFull, BrokerRefused, BrokerUnavailable, ConfigurationError
 from shared.masking import masked_url
-from shared.tls import TlsTerms, plain_url, tls_options, unchecked
-
-logger = logging.getLogger(__name__)
+from shared.tls import BrokerTerms, plain_url, tls_options, unchecked
 
 INCLUDE = "--!include "
 
-
-class BrokerTerms(TlsTerms, Protocol):
-    """Where the broker is and how long to wait for it: the fleet's settings say it."""
-
-    @property
-    def connect_timeout_seconds(self) -> float:
-        """Longest wait for a connection."""
-
-    @property
-    def socket_timeout_seconds(self) -> float:
-        """Longest wait for an answer."""
+logger = logging.getLogger(__name__)
 
 
 def connect(fleet: BrokerTerms, *, socket_timeout: float | None = None) -> redis.Redis:
@@ -42,7 +32,7 @@ def connect(fleet: BrokerTerms, *, socket_timeout: float | None = None) -> redis
     if unchecked(fleet):
         logger.warning("the broker's certificate is not checked (fleet.tls_verify): whoever answers is believed")
     try:
-        return redis.Redis.from_url(
+        client = redis.Redis.from_url(
             plain_url(fleet.redis_url),
             socket_connect_timeout=fleet.connect_timeout_seconds,
             socket_timeout=socket_timeout if socket_timeout is not None else fleet.socket_timeout_seconds,
@@ -58,23 +48,85 @@ def connect(fleet: BrokerTerms, *, socket_timeout: float | None = None) -> redis
             f"fleet.redis_url: {masked_url(fleet.redis_url)!r} cannot be read as a URL; allowed: "
             "redis://[user:password@]host[:port][/database], with special characters in the password escaped"
         ) from None
+    pool = client.connection_pool
+    pool.connection_class = _telling(pool.connection_class)
+    return client
+
+
+def hasten(client: redis.Redis, seconds: float) -> None:
+    """From now on the client's commands wait no longer than this for an answer."""
+    client.connection_pool.connection_kwargs["socket_timeout"] = seconds
+    client.connection_pool.disconnect(inuse_connections=False)
+    client.connection_pool.reset()  # its connections keep the limit that they were made with
+
+
+class _Telling:
+    """Makes a connection say of a failure that nothing was sent, and leave a server that has become a replica."""
+
+    def connect_check_health(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().connect_check_health(*args, **kwargs)  # type: ignore[misc]
+        except (redis.RedisError, OSError) as error:
+            error.unsent = True  # type: ignore[union-attr]
+            raise
+
+    def read_response(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().read_response(*args, **kwargs)  # type: ignore[misc]
+        except redis.ReadOnlyError:
+            # After a failover the name leads elsewhere, but a connection that works would stay for good.
+            self.disconnect()  # type: ignore[attr-defined]
+            raise
+
+
+@cache
+def _telling(connection_class: type) -> type:
+    return type(connection_class.__name__, (_Telling, connection_class), {})
+
+
+REFUSALS: Mapping[str, tuple[type[BrokerUnavailable], str]] = {
+    "OOM": (BrokerFull, "is out of memory; raise its maxmemory, or let the workers empty the queues"),
+    "READONLY": (
+        BrokerUnavailable,
+        "is a read-only replica: a failover is under way, or REDIS_URL names the wrong node",
+    ),
+    "MASTERDOWN": (BrokerUnavailable, "is a replica that has lost its master"),
+    "LOADING": (BrokerUnavailable, "is still loading its data"),
+    "MISCONF": (BrokerUnavailable, "cannot write its data to its disk; make room there"),
+    "NOREPLICAS": (BrokerUnavailable, "has too few replicas to take anything"),
+    "BUSY": (BrokerUnavailable, "is busy with a script"),
+    "NOAUTH": (BrokerRefused, "wants a password; put it into REDIS_URL (redis://user:password@host:port/database)"),
+    "WRONGPASS": (BrokerRefused, "does not accept the user and password in REDIS_URL"),
+    "NOPERM": (BrokerRefused, "does not permit this to the user in REDIS_URL"),
+    "ACL failure": (BrokerRefused, "does not permit this to the user in REDIS_URL"),  # within a script
+}
+"""What a broker answers in place of doing what it is asked."""
+
+_CODE = re.compile(rf"\b({'|'.join(REFUSALS)})\b")
 
 
 @contextmanager
 def broker_errors(fleet: BrokerTerms, doing: str) -> Iterator[None]:
-    """Turn the client library's connection errors into one that says what failed and what to do."""
+    """Turn the client library's errors into one that says what failed and what to do."""
     try:
         yield
-    except redis.exceptions.OutOfMemoryError as error:
-        raise BrokerUnavailable(
-            f"cannot {doing}: the broker at {masked_url(fleet.redis_url)} is full; let the workers drain it, or raise "
-            "its maxmemory"
-        ) from error
-    except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
-        raise BrokerUnavailable(
-            f"cannot {doing}: the broker at {masked_url(fleet.redis_url)} does not answer ({error}). "
-            "Is it running, and is REDIS_URL right?"
-        ) from error
+    except (redis.RedisError, OSError) as error:
+        raise unavailable(error, fleet.redis_url, doing) from error
+
+
+def unavailable(error: Exception, url: str, doing: str) -> BrokerUnavailable:
+    """The client library's error as one of ours. It never holds a secret."""
+    start = f"cannot {doing}: the broker at {masked_url(url)}"
+    # A script's error has the code of the command that failed somewhere in its text.
+    found = _CODE.search(f"{getattr(error, 'status_code', '')} {error}")
+    if found is not None:
+        kind, text = REFUSALS[found[0]]
+        return kind(f"{start} {text} ({found[0]})")
+    if not isinstance(error, redis.ConnectionError | redis.TimeoutError | OSError):
+        return BrokerRefused(f"{start} refuses: {error}")
+    answer = BrokerUnavailable(f"{start} does not answer ({error}). Is it running, and is REDIS_URL right?")
+    answer.outcome_unknown = not getattr(error, "unsent", False)
+    return answer
 
 
 def lua(package: str, name: str) -> str:

@@ -112,6 +112,11 @@ class EmbeddedBroker:
             self._process.wait()
             self._process = None
 
+    def send_signal(self, number: int) -> None:
+        """Send the server a signal: SIGSTOP freezes it, SIGCONT lets it go on."""
+        if self._process is not None:
+            self._process.send_signal(number)
+
     def _spawn(self, binary: str, port: int) -> subprocess.Popen[bytes]:
         options = {
             "port": str(port),

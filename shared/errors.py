@@ -1,9 +1,13 @@
-"""Every error this project raises. This module imports nothing.
+"""Every error this project raises. This module imports nothing of it.
 
 What may be done about an error is an attribute of its class: ``hops`` says whether another engine may be tried with the
 same request, ``transient`` whether the same engine may be tried again after a pause, ``outage`` that the engine failed
 and not the request: it may be tried again when the engine is back. The docstring of a class is its default message.
 """
+
+from __future__ import annotations
+
+from typing import Any
 
 
 class FleetError(Exception):
@@ -31,7 +35,26 @@ class MissingDependency(FleetError):
 
 
 class BrokerUnavailable(FleetError):
-    """The broker cannot be reached."""
+    """The broker cannot be reached.
+
+    ``outcome_unknown`` says that the command was sent and may have been carried out. Where requests were to be
+    submitted, ``requests`` are these, with their ids: submitting them again is safe whatever became of the first time.
+    """
+
+    outcome_unknown = False
+    requests: tuple[Any, ...] = ()
+
+
+class BrokerFull(BrokerUnavailable):
+    """The broker's memory is full."""
+
+
+class BrokerRefused(BrokerUnavailable):
+    """The broker does not let this process do what it asks: that does not pass by itself."""
+
+
+class SpoolFull(BrokerUnavailable):
+    """The broker cannot be reached, and the spool is full."""
 
 
 class NoDeviceAvailable(FleetError):

@@ -32,14 +32,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from shared.contract import EngineName
+from shared.contract import DEFAULT_TENANT, EngineName
 
 CONTROL_QUEUE: Final = "control"
 PRIORITY_SEPARATOR: Final = "\x06\x16"
 PRIORITY_STEPS: Final = (0, 3, 6, 9)
-
-SHARED_TENANT: Final = "default"
-"""The tenant of requests that name none: they wait on the shared lists, with those of plain Celery senders."""
 
 LANE_PREFIX: Final = "muai:lane:"
 
@@ -69,11 +66,11 @@ def queue_of(engine: EngineName) -> str:
     return engine.value
 
 
-def list_of(queue: str, priority: int, tenant: str = SHARED_TENANT) -> str:
+def list_of(queue: str, priority: int, tenant: str = DEFAULT_TENANT) -> str:
     """The Redis list for a queue, a priority from 0 (first) to 9, as kombu names it, and a tenant."""
     step = max(step for step in PRIORITY_STEPS if step <= max(priority, 0))
     shared = f"{queue}{PRIORITY_SEPARATOR}{step}" if step else queue
-    return shared if tenant == SHARED_TENANT else f"{LANE_PREFIX}{shared}:{tenant}"
+    return shared if tenant == DEFAULT_TENANT else f"{LANE_PREFIX}{shared}:{tenant}"
 
 
 def lists_of(queue: str) -> list[str]:

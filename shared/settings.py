@@ -18,7 +18,7 @@ Positive = Annotated[int, Field(ge=1)]
 PositiveNumber = Annotated[float, Field(gt=0.0)]
 PositiveSeconds = PositiveNumber
 SHORTEST_KEY = 16
-
+OnOutage = Literal["raise", "wait", "spool"]
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "fp16", "bf16", "fp32"]
 
 
@@ -130,6 +130,7 @@ class FakeSettings(Section):
     enabled: bool = Field(True, description="Whether workers may serve the fake queue.")
     latency_ms: Annotated[float, Field(ge=0.0)] = Field(0.0, description="How long a batch takes.")
     per_item_ms: Annotated[float, Field(ge=0.0)] = Field(0.0, description="How much longer for each member.")
+    load_ms: Annotated[float, Field(ge=0.0)] = Field(0.0, description="How long loading a model takes.")
 
 
 class BreakerSettings(Section):
@@ -434,6 +435,12 @@ class FleetSettings(Section):
     remote_control: bool = Field(
         True, description="Obey Celery's remote control (inspect, revoke, shutdown) and whoever may publish to it."
     )
+    on_outage: OnOutage = Field(
+        "raise",
+        description="What submitting does while the broker is away: raise an error, wait for it, or spool to a file.",
+    )
+    spool_path: str = Field(".muai/spool.db", description="The spool: requests that wait for the broker's return.")
+    spool_max_bytes: Positive = Field(256 * 1024 * 1024, description="Most bytes of requests in the spool.")
     send_events: bool = Field(True, description="Publish Celery's task events (Flower, celery-exporter).")
 
     @field_validator("signing_key")

@@ -9,12 +9,20 @@ _NOT_CHECKED: Final = frozenset({"none", "cert_none", "optional", "cert_optional
 _IN_URL: Final = frozenset({"ssl_cert_reqs", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname"})
 
 
-class TlsTerms(Protocol):
-    """Where the broker is and how it is known: the fleet's settings say it."""
+class BrokerTerms(Protocol):
+    """Where the broker is and how long to wait for it: the fleet's settings say it."""
 
     @property
     def redis_url(self) -> str:
         """Its URL, with the password where it has one."""
+
+    @property
+    def connect_timeout_seconds(self) -> float:
+        """Longest wait for a connection."""
+
+    @property
+    def socket_timeout_seconds(self) -> float:
+        """Longest wait for an answer."""
 
     @property
     def tls_ca_file(self) -> str | None:
@@ -30,7 +38,7 @@ class TlsTerms(Protocol):
 
     @property
     def tls_verify(self) -> bool:
-        """Whether its certificate is checked."""
+        """Whether the broker's certificate is checked."""
 
 
 def plain_url(url: str) -> str:
@@ -40,7 +48,7 @@ def plain_url(url: str) -> str:
     return f"{start}?{kept}" if mark and kept else start
 
 
-def tls_options(fleet: TlsTerms) -> dict[str, Any]:
+def tls_options(fleet: BrokerTerms) -> dict[str, Any]:
     """Arguments of the client library's TLS connection; empty where the URL is not ``rediss://``.
 
     What the URL says about certificates, in the spelling of Celery or of the client library, counts before the
@@ -60,6 +68,6 @@ def tls_options(fleet: TlsTerms) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def unchecked(fleet: TlsTerms) -> bool:
+def unchecked(fleet: BrokerTerms) -> bool:
     """Whether the connection is encrypted to whoever answers: the broker's certificate is not checked."""
     return tls_options(fleet).get("ssl_cert_reqs") == "none"

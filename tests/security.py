@@ -92,6 +92,11 @@ def tls_in_front_of(port: int, context: ssl.SSLContext) -> Iterator[int]:
     def run() -> None:
         loop.run_until_complete(main())
         loop.run_forever()
+        open_connections = asyncio.all_tasks(loop)
+        for task in open_connections:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*open_connections, return_exceptions=True))
+        loop.close()
 
     thread = threading.Thread(target=run, name="tls", daemon=True)
     thread.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from celery import Celery, Task
@@ -38,6 +39,12 @@ class FleetApp(Celery):
     """A Celery app with the fleet it serves."""
 
     fleet: Fleet
+    events_cls = "workers.events:FleetEvents"
+
+    @cached_property
+    def Worker(self) -> Any:  # noqa: N802  # Celery's name
+        """What ``celery worker`` runs."""
+        return self.subclass_with_self("workers.worker:FleetWorker", "Worker", reverse="Worker")
 
 
 def create_app(settings: Settings) -> FleetApp:
@@ -56,9 +63,11 @@ def create_app(settings: Settings) -> FleetApp:
         broker_channel_error_retry=True,  # a full broker refuses commands: wait for room rather than exit
         result_backend=url,
         redis_backend_use_ssl=tls,
+        result_backend_transport_options={"retry_policy": {"max_retries": 1}},  # the loop waits for it
         result_expires=settings.fleet.result_expires_seconds,
         redis_socket_timeout=settings.fleet.socket_timeout_seconds,
         redis_socket_connect_timeout=settings.fleet.connect_timeout_seconds,
+        redis_socket_keepalive=True,
         redis_retry_on_timeout=False,
         accept_content=["json"],
         result_accept_content=["json"],

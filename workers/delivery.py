@@ -16,6 +16,7 @@ import redis
 
 from shared import keys
 from shared.broker import lua
+from shared.contract import DEFAULT_TENANT
 from shared.settings import FleetSettings
 
 SAME = "="
@@ -119,7 +120,7 @@ class Delivery:
     def share_out(self, places: int) -> None:
         """Reckon what each tenant may have in flight of this many places in the fleet."""
         rules = {
-            "" if tenant == keys.SHARED_TENANT else tenant: (
+            "" if tenant == DEFAULT_TENANT else tenant: (
                 rule.weight, 0 if rule.in_flight_share is None else max(1, int(rule.in_flight_share * places)),
             )
             for tenant, rule in self._fleet.tenants.items()

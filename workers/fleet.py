@@ -16,9 +16,12 @@ import redis
 from celery import Celery
 from celery.worker import state
 
-from shared.broker import connect
+from shared.broker import connect, hasten
+from shared.broker_checks import check_eviction, check_persistence, check_version
 from shared.contract import EngineName
-from shared.errors import ConfigurationError, FleetError, MissingDependency
+from shared.errors import ConfigurationError, MissingDependency
+from shared.findings import Grade
+from shared.masking import masked_url
 from shared.registry import EngineInfo, WorkerInfo, WorkerRegistry
 from shared.settings import Settings
 from shared.signing import Signer
@@ -27,7 +30,7 @@ from workers.delivery import Delivery
 from workers.devices.devices import Devices
 from workers.engines import engine_class
 from workers.events import TaskObserver
-from workers.intake import Intake, Services
+from workers.intake import BROKER_ERRORS, TEND_SECONDS, Intake, Services
 from workers.leases import LeaseKeeper
 from workers.models import ModelManager
 from workers.parity import ParityGate
@@ -40,6 +43,21 @@ logger = logging.getLogger(__name__)
 
 FRESH_SECONDS = 0.1
 """How old the list of live workers may be where a decision wants it fresh."""
+
+LOAD_POLL_SECONDS = 0.1
+"""How often a worker that loads its models looks whether it is to stop."""
+
+BUSY_POLL_SECONDS, AWAY_POLL_SECONDS = 0.005, 0.2
+"""How often a stopping worker looks for outcomes; and tries a broker that is away."""
+
+EVENT_TIMEOUT_SECONDS = 2.0
+"""Longest wait of the worker's loop for what Celery sends: events and replies of remote control. Not for requests."""
+
+STOP_TIMEOUT_SECONDS = 2.0
+"""Longest wait for the broker's answer while stopping."""
+
+UNLOAD_SECONDS, BUSY_SECONDS = 5.0, 1.0
+"""How long engines may take to unload; and where one has not come back from what it runs or loads."""
 
 
 class Fleet:
@@ -66,6 +84,9 @@ class Fleet:
         self._stop = threading.Event()
         self._news = threading.Event()
         self._heartbeat: threading.Thread | None = None
+        self._checked = False
+        self._deadline = float("inf")
+        self.heard = self.idle = True
 
     def transport_options(self) -> dict[str, Any]:
         """What the transport needs of us, and time limits on its connections."""
@@ -74,7 +95,7 @@ class Fleet:
             "services": TransportServices(
                 self.delivery, self.leases, self.intakes, Signer(fleet.signing_key), fleet.max_payload_bytes
             ),
-            "socket_timeout": fleet.socket_timeout_seconds,
+            "socket_timeout": min(fleet.socket_timeout_seconds, EVENT_TIMEOUT_SECONDS),
             "socket_connect_timeout": fleet.connect_timeout_seconds,
             "socket_keepalive": True,
             "health_check_interval": 5,
@@ -108,7 +129,8 @@ class Fleet:
         for runner in self._runners:
             runner.start([model for model in preload if runner.models.declares(model)])
         for runner in self._runners:
-            runner.loaded.wait()
+            while not runner.loaded.wait(LOAD_POLL_SECONDS):
+                state.maybe_shutdown()
         self.devices.start(self.fail)
         self.leases.wait()
         # What is loaded by now stays. Each full collection would look at all of it again, and hold every thread up for
@@ -202,17 +224,38 @@ class Fleet:
         """Something about this worker has changed: do not wait for the next heartbeat."""
         self._news.set()
 
+    def _check_broker(self) -> None:
+        """Say once what of the broker's settings would lose requests."""
+        if self._checked:
+            return
+        try:
+            info: Any = self.client.info()
+        except redis.NoPermissionError:
+            info = None
+        self._checked = True
+        if info is None:
+            return
+        url = masked_url(self.settings.fleet.redis_url)
+        for found in (check_version(info, url), check_persistence(info), check_eviction(info)):
+            if found.grade is not Grade.OK:
+                logger.warning("broker %s: %s: %s. Remedy: %s", url, found.subject, found.detail, found.remedy)
+
     def _announce_forever(self) -> None:
         while not self._stop.is_set():
             self._news.clear()
             try:
                 self.registry.announce(self.describe())
+                self._check_broker()
                 self.refresh()
                 self.delivery.share_out(sum(info.max_batch_size for w in self._live for info in w.engines))
                 self.rescuer.look(time.monotonic())
             except (redis.RedisError, OSError) as error:
                 logger.warning("cannot announce this worker: %s", error)
             self._news.wait(self.settings.fleet.heartbeat_seconds)
+        try:
+            self.registry.leave(self.worker_id)
+        except (redis.RedisError, OSError) as error:
+            logger.warning("cannot leave the registry: %s", error)
 
     def tend(self) -> None:
         """Show that the loop lives, and drop what other workers have taken over. Called by the loop, often."""
@@ -230,39 +273,73 @@ class Fleet:
             intake.accepting = False
         state.should_stop = 1  # Celery's loop looks at it at least at every sweep
 
-    def leave(self) -> None:
-        """Take this worker out of the registry: nothing is routed to it any longer."""
-        self._stop.set()
+    @property
+    def grace(self) -> float:
+        """Seconds that a stopping worker may take to finish what runs."""
+        return self.settings.monitoring.server.graceful_shutdown_timeout
+
+    def stop_within(self, seconds: float) -> float:
+        """Have :meth:`stop` end what runs by then, or by the time it was given before where that is earlier.
+
+        Returns the seconds that are left. Fit for a signal handler.
+        """
+        now = time.monotonic()
+        self._deadline = min(self._deadline, now + seconds)
+        return max(0.0, self._deadline - now)
+
+    def stop(self) -> None:
+        """Leave the registry, give back what waits, let what runs end in time, write its outcomes, unload.
+
+        Afterwards ``heard`` says whether the broker answered to the last, and ``idle`` whether the engines are through.
+        """
+        if self._stop.is_set():
+            return
+        hasten(self.client, STOP_TIMEOUT_SECONDS)
+        self._stop.set()  # the heartbeat's thread takes this worker out of the registry
         self._news.set()
+        self.heard = self._drain()
+        busy = any(i.busy for i in self.intakes.values()) or not all(r.loaded.is_set() for r in self._runners)
+        self.idle = self._unload(time.monotonic() + (BUSY_SECONDS if busy else UNLOAD_SECONDS))
         if self._heartbeat is not None:
-            self._heartbeat.join(timeout=5)
-            self._heartbeat = None
-        try:
-            self.registry.leave(self.worker_id)
-        except (redis.RedisError, OSError) as error:
-            logger.warning("cannot leave the registry: %s", error)
-
-    def drain(self) -> None:
-        """Give back what waits, let what runs end within the configured grace, and write its outcomes."""
-        deadline = time.monotonic() + self.settings.monitoring.server.graceful_shutdown_timeout
-        try:
-            for intake in self.intakes.values():
-                intake.give_back()
-            for intake in self.intakes.values():
-                intake.finish(deadline)
-        except (redis.RedisError, FleetError, OSError) as error:
-            logger.error(
-                "the broker is gone while this worker stops; its requests come back with their leases: %s", error
-            )
-
-    def close(self) -> None:
-        """Let leases go that are still held, unload the models and stop the threads."""
+            self._heartbeat.join(timeout=STOP_TIMEOUT_SECONDS)
         self.leases.close()
-        idle = True
-        for runner in self._runners:
-            if not runner.stop(timeout=5):
-                idle = False
-                logger.warning("the %s engine is still busy; leaving it", runner.models.engine.name)
-        if idle:  # else the GPUs are in use up to the very end, and are released there
-            self.devices.release()
         self.client.close()
+
+    def _drain(self) -> bool:
+        """Wind the intakes up, waiting for a broker that is away; whether it has heard everything in the end."""
+        failed = False
+        tended = time.monotonic()
+        while True:
+            now = time.monotonic()
+            late = now >= self._deadline
+            try:
+                through = [intake.wind_up(hurry=late) for intake in self.intakes.values()]
+                if now - tended >= TEND_SECONDS:
+                    tended = now
+                    self.tend()
+                    for intake in self.intakes.values():
+                        intake.tend()
+                if late or all(through):
+                    self.client.ping()
+                    if self.observer is not None:
+                        self.observer.flush()
+                    return True
+            except BROKER_ERRORS as error:
+                if not failed:
+                    logger.warning("the broker is away while this worker stops: %s", error)
+                failed = True
+                if time.monotonic() >= self._deadline or not any(i.in_flight for i in self.intakes.values()):
+                    logger.error("the broker did not come back; what is open here comes back with its leases")
+                    return False
+            time.sleep(BUSY_POLL_SECONDS if not failed else AWAY_POLL_SECONDS)
+
+    def _unload(self, deadline: float) -> bool:
+        """Unload the models and stop the engines' threads; ``False`` where one is still at work at ``deadline``."""
+        for runner in self._runners:
+            runner.stop(timeout=0)
+        busy = [runner for runner in self._runners if not runner.stop(max(0.0, deadline - time.monotonic()))]
+        for runner in busy:
+            logger.warning("the %s engine is still busy; leaving it", runner.models.engine.name)
+        if not busy:  # else the GPUs are in use up to the very end, and are released there
+            self.devices.release()
+        return not busy

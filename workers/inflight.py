@@ -9,9 +9,12 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
-from shared import keys, wire
-from shared.contract import LATEST, TASK_NAME, Hop, InferenceRequest
+from shared import wire
+from shared.contract import DEFAULT_TENANT, LATEST, TASK_NAME, Hop, InferenceRequest
 from shared.errors import BadRequest, UndecodableMessage
+
+HANDLED = frozenset({"v", "hops", "deliveries"})
+"""Of what is in our header: our client writes the first, the sweeper and engines that fail the others."""
 
 LONGEST_NAMES = 200
 """Characters that are shown of names that a sender chose."""
@@ -30,6 +33,7 @@ class InFlight:
         "attempts",
         "body",
         "claimed",
+        "deliveries",
         "embed",
         "ended",
         "eventer",
@@ -77,6 +81,8 @@ class InFlight:
         sent = own.get("sent")
         self.sent = float(sent) if isinstance(sent, int | float) and 0 < sent <= claimed else claimed
         self.hops = _hops(own.get("hops"))
+        deliveries = own.get("deliveries")
+        self.deliveries = deliveries if isinstance(deliveries, int) else 0  # workers that were lost over it
         priority = properties.get("priority")
         self.priority = priority if isinstance(priority, int) else 0
 
@@ -110,12 +116,12 @@ class InFlight:
     @property
     def foreign(self) -> bool:
         """Whether others than our own client have sent it, and no worker has handled it yet."""
-        return not wire.own_header(self.headers)
+        return not (HANDLED & wire.own_header(self.headers).keys())
 
     @property
     def tenant(self) -> str:
         """Whose request it is."""
-        return self.request.tenant if self.request is not None else keys.SHARED_TENANT
+        return self.request.tenant if self.request is not None else DEFAULT_TENANT
 
     @property
     def eta(self) -> float | None:

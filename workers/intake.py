@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from traceback import format_tb
@@ -34,7 +34,7 @@ from shared.errors import (
 from shared.registry import WorkerInfo
 from shared.settings import Settings
 from workers import outcome
-from workers.batcher import Batch, Batcher, BatchLimits
+from workers.batcher import Batch, Batcher, BatchLimits, FlushReason
 from workers.canvas import Canvas
 from workers.delivery import LEFT_OUT_SECONDS, Claim, Delivery, Outcome, Verdict
 from workers.engines.base import EngineOutput
@@ -61,6 +61,8 @@ SETTLE_CHUNK = 256
 
 SAME_ID_SECONDS = 1.0
 """How long a message waits while another of the same id is under way."""
+ALONE = "alone"
+"""Key of a batch whose one member runs by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,7 @@ BROKER_ERRORS = (redis.RedisError, OperationalError, OSError)
 class _Ended:
     """An outcome to write, what must be done before it is, and what follows."""
 
+    item: InFlight
     outcome: Outcome
     ending: Ending
     before: Ending | None = None
@@ -113,6 +116,7 @@ class Intake:
         self._running: dict[str, Batch[InFlight]] = {}
         self._resting: set[InFlight] = set()
         self._foreign: list[InFlight] = []
+        self._alone: InFlight | None = None  # waits for the end of what runs, or runs by itself
         self._reports: deque[Event] = deque()
         self._done: deque[BatchDone] = deque()
         self._outbox: list[_Ended] = []
@@ -132,11 +136,11 @@ class Intake:
         self._hub = hub
         self._timer_at = float("inf")
         hub.call_soon(self._drain_soon)
-        hub.call_repeatedly(TEND_SECONDS, self._tend)
+        hub.call_repeatedly(TEND_SECONDS, self.tend)
 
     def room(self) -> int:
         """How many more requests could start soon: nothing is claimed that another worker could run earlier."""
-        if not self.accepting or not self._runner.loaded.is_set():
+        if not self.accepting or not self._runner.loaded.is_set() or self._alone is not None:
             return 0
         if self._runner.continuous:
             return self._slots - len(self._running) - len(self._batcher)
@@ -194,7 +198,14 @@ class Intake:
             self._wait(item, request, item.claimed)
 
     def _wait(self, item: InFlight, request: InferenceRequest, now: float) -> None:
-        self._batcher.add(item, self._key(request), item.tokens, now)
+        key: Hashable = self._key(request)
+        if 0 < item.deliveries >= self._services.settings.fleet.max_deliveries - 1:
+            # The last try of what may be what its workers died of is made alone: it takes nobody along.
+            key = ALONE
+            if self._alone is None:
+                self._alone = item
+                return
+        self._batcher.add(item, key, item.tokens, now)
 
     def _key(self, request: InferenceRequest) -> Hashable:
         """Requests with the same key may share a batch."""
@@ -228,7 +239,7 @@ class Intake:
         for item in self._batcher.remove(lambda item: item.id in gone):
             self._revoke(item, Cancelled(), expired=False)
 
-    def _tend(self) -> None:
+    def tend(self) -> None:
         """End what runs and is not wanted any longer, and let the engine know."""
         running = self._open()
         if not running:
@@ -253,6 +264,9 @@ class Intake:
         running = [item for item in self._open() if item.lease in leases]
         for item in running:
             self._runner.abort(item)
+        if self._alone is not None and self._alone.lease in leases and self._alone.lease not in self._running:
+            waited.append(self._alone)
+            self._alone = None
         for item in rested.union(waited, running):  # one that is to run again may be among what runs as well
             item.ended = True
             self._unfinished -= 1
@@ -267,6 +281,9 @@ class Intake:
     def pump(self) -> None:
         """Start what is due, where the engine has room; otherwise come back when something is."""
         now = time.time()
+        if self._alone is not None:
+            self._pump_alone(self._alone, now)
+            return
         if len(self._running) < self._slots and len(self._batcher):
             for item in self._batcher.remove(lambda item: self._is_unwanted(item, now)):
                 self._unwanted(item, now)
@@ -277,6 +294,15 @@ class Intake:
         if due is not None and due < self._timer_at and self._hub is not None:
             self._timer_at = due
             self._hub.call_later(max(0.0, due - now), self._on_timer)
+
+    def _pump_alone(self, item: InFlight, now: float) -> None:
+        """Start it once nothing else is in this worker's hands."""
+        self._put_back(self._batcher.drain())
+        if not self._running and self._unwanted(item, now):
+            self._alone = None
+        self._flush()  # before it starts: nothing of what was put back is to be lost with this worker
+        if not self._running and self._alone is not None:
+            self._start(Batch(ALONE, [item], item.tokens, FlushReason.SIZE, now - item.claimed), now)
 
     def _on_timer(self) -> None:
         self._timer_at = float("inf")
@@ -313,7 +339,11 @@ class Intake:
         me = self._services.worker_id
         if not any(self.queue in worker.queues for worker in self._services.live_workers() if worker.id != me):
             return
-        for item in reversed(self._batcher.drain()):
+        self._put_back(self._batcher.drain())
+
+    def _put_back(self, items: Sequence[InFlight]) -> None:
+        """Return these to the front of the queue, in the order in which they came."""
+        for item in reversed(items):
             self._end(item, Outcome.give_back(item.lease), partial(self._services.observer.given_back, item))
 
     # -- run and settle ---------------------------------------------------------------------------------------------
@@ -341,7 +371,10 @@ class Intake:
         while self._done:
             done = self._done.popleft()
             del self._running[done.batch.items[0].lease]
-            self._batcher.finished(done.batch.key, len(done.batch.items), done.seconds)
+            if done.batch.key == ALONE:
+                self._alone = None
+            else:
+                self._batcher.finished(done.batch.key, len(done.batch.items), done.seconds)
 
     def _take_reports(self) -> None:
         while self._reports:
@@ -360,6 +393,9 @@ class Intake:
         try:
             if isinstance(done.outcome, EngineOutput):
                 self._succeed(item, done, done.outcome)
+            elif not self.accepting and (done.outcome.transient or done.outcome.outage):
+                # A stopping worker's engine may go before it: that says nothing of the request.
+                self._end(item, Outcome.give_back(item.lease), partial(self._services.observer.given_back, item))
             elif done.outcome.transient and self._try_again(item, done.outcome):
                 return
             elif done.outcome.hops and request is not None and self._services.settings.optimization.fallback_on_error:
@@ -386,7 +422,7 @@ class Intake:
         retry = self._services.settings.optimization.retry
         pause = retry.backoff_ms / 1000 * 2**item.attempts
         last_moment = item.last_moment()
-        if self._hub is None or not self.accepting or item.attempts >= retry.attempts:
+        if self._hub is None or item.attempts >= retry.attempts:
             return False
         if last_moment is not None and time.time() + pause >= last_moment:
             return False
@@ -491,7 +527,7 @@ class Intake:
 
     def _end(self, item: InFlight, ended: Outcome, ending: Ending, before: Ending | None = None) -> None:
         item.ended = True
-        self._outbox.append(_Ended(ended, ending, before))
+        self._outbox.append(_Ended(item, ended, ending, before))
 
     def _flush(self) -> None:
         """Write every outcome that waits. Where the broker fails they stay, and are written when it is back."""
@@ -499,12 +535,15 @@ class Intake:
             chunk = self._outbox[:SETTLE_CHUNK]
             for ended in chunk:
                 self._prepare(ended)
-            self._services.delivery.settle([ended.outcome for ended in chunk])
+            written = self._services.delivery.settle([ended.outcome for ended in chunk])
             del self._outbox[: len(chunk)]
             self._services.leases.release([ended.outcome.lease for ended in chunk])
             self._unfinished -= len(chunk)
-            for ended in chunk:
-                ended.ending()
+            for ended, stands in zip(chunk, written, strict=True):
+                if stands:
+                    ended.ending()
+                else:  # another worker has it, or it had its answer before
+                    self._services.observer.given_back(ended.item)
 
     def _prepare(self, ended: _Ended) -> None:
         """Do what comes before an outcome, once; where the broker fails it is tried again when it is back."""
@@ -527,35 +566,33 @@ class Intake:
 
     # -- shutdown ---------------------------------------------------------------------------------------------------
 
-    def give_back(self) -> None:
-        """Claim no more, and return what waits to the queue at once."""
+    def wind_up(self, hurry: bool) -> bool:
+        """Claim no more, return what waits to the queue, and write what has ended; ``True`` when nothing is left here.
+
+        To be called again and again until it is, or there is no more time: then, to ``hurry``, what runs goes back too.
+        """
         self.accepting = False
-        waiting = [*self._batcher.drain(), *self._resting]
-        self._resting.clear()
-        for item in reversed(waiting):
-            self._end(item, Outcome.give_back(item.lease), partial(self._services.observer.given_back, item))
-        self._flush()
-
-    def finish(self, deadline: float) -> None:
-        """Wait for the running batch until ``deadline`` (monotonic seconds); return what did not end to the queue."""
-        while self._running and time.monotonic() < deadline:
-            if not self._reports and not self._done:
-                time.sleep(0.005)
-            self._services.tend()
-            self._settle_reports()
-        self._settle_reports()
-        left = self._open()
-        for item in left:
-            self._end(item, Outcome.give_back(item.lease), lambda: None)
-            self._runner.abort(item)
-        if left:
-            logger.warning("%d requests did not end in time and went back to %s", len(left), self.queue)
-            self._flush()
-
-    def _settle_reports(self) -> None:
         self._take_done()
         self._take_reports()
+        back = [*self._foreign, *self._batcher.drain(), *self._resting]
+        self._foreign.clear()
+        self._resting.clear()
+        if self._alone is not None and self._alone.lease not in self._running:
+            back.append(self._alone)
+            self._alone = None
+        running = self._open() if hurry else []
+        self._put_back([*running, *back])
+        for item in running:
+            self._runner.abort(item)
+        if running:
+            logger.warning("%d requests did not end in time and go back to %s", len(running), self.queue)
         self._flush()
+        return not self._unfinished
+
+    @property
+    def busy(self) -> bool:
+        """Whether the engine has not come back with what it was given."""
+        return bool(self._running)
 
 
 def _frames(error: BaseException) -> str:

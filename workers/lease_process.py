@@ -40,12 +40,12 @@ class Terms:
     """What the process must know: ``index`` is the leases' key, ``worker`` a process, ``table`` a file's descriptor."""
 
     redis_url: str
+    connect_timeout_seconds: float
+    socket_timeout_seconds: float
     tls_ca_file: str | None
     tls_cert_file: str | None
     tls_key_file: str | None
     tls_verify: bool
-    connect_timeout_seconds: float
-    socket_timeout_seconds: float
     lease_seconds: float
     stall_seconds: float
     index: str

@@ -87,12 +87,12 @@ class LeaseKeeper:
         self._started = time.monotonic()
         terms = Terms(
             redis_url=self._fleet.redis_url,
+            connect_timeout_seconds=self._fleet.connect_timeout_seconds,
+            socket_timeout_seconds=self._fleet.socket_timeout_seconds,
             tls_ca_file=self._fleet.tls_ca_file,
             tls_cert_file=self._fleet.tls_cert_file,
             tls_key_file=self._fleet.tls_key_file,
             tls_verify=self._fleet.tls_verify,
-            connect_timeout_seconds=self._fleet.connect_timeout_seconds,
-            socket_timeout_seconds=self._fleet.socket_timeout_seconds,
             lease_seconds=self._fleet.lease_seconds,
             stall_seconds=self._fleet.stall_seconds,
             index=keys.LEASE_INDEX,

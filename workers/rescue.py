@@ -1,4 +1,4 @@
-"""What waits on a queue that no live worker serves moves on to the next engine that can serve it."""
+"""What waits on a queue that no live worker serves moves on to the next engine that can serve it, or fails."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 
 from shared import keys, wire
 from shared.contract import EngineName
-from shared.errors import BadRequest, DeadlineExceeded, EngineOutage, FleetError, NoEngineAvailable
+from shared.errors import BadRequest, DeadlineExceeded, EngineOutage, FleetError
 from shared.registry import WorkerInfo
 from shared.settings import Settings
 from workers import outcome
-from workers.delivery import SAME, Claimed, Delivery, Outcome
+from workers.delivery import Claimed, Delivery, Outcome
 from workers.fallback import Fallback
 from workers.inflight import InFlight
 
@@ -21,9 +21,6 @@ logger = logging.getLogger(__name__)
 AT_ONCE = 256
 MOST = 4096
 """Messages that one look moves."""
-
-LEFT_ALONE_SECONDS = 10.0
-"""How long a queue whose messages nobody can serve is left as it is."""
 
 
 class Rescuer:
@@ -55,23 +52,17 @@ class Rescuer:
             if keys.queue_of(engine) in served:
                 self._due.pop(engine, None)
             elif now >= self._due.setdefault(engine, now + self._after):
-                moved += self._move(engine, now)
+                moved += self._move(engine)
         return moved
 
-    def _move(self, engine: EngineName, now: float) -> int:
-        moved = stuck = 0
-        while moved + stuck < MOST:
+    def _move(self, engine: EngineName) -> int:
+        moved = 0
+        while moved < MOST:
             claim = self._delivery.claim(keys.queue_of(engine), AT_ONCE)
             if not claim.messages:
                 break
-            outcomes = [self.judge(engine, message, claim.now) for message in claim.messages]
-            self._delivery.settle(outcomes)
-            left = sum(ended.push_message == SAME for ended in outcomes)
-            moved += len(outcomes) - left
-            stuck += left
-            if left:
-                self._due[engine] = now + LEFT_ALONE_SECONDS
-                break
+            self._delivery.settle([self.judge(engine, message, claim.now) for message in claim.messages])
+            moved += len(claim.messages)
         if moved:
             logger.warning("no live worker serves %s: %d requests of its queue were dealt with", engine, moved)
         return moved
@@ -97,8 +88,6 @@ class Rescuer:
             if decision.engine is None:
                 due = min(now + decision.pause, item.last_moment() or float("inf"))
                 return outcome.delayed(item.lease, due)
-        except NoEngineAvailable:
-            return Outcome.give_back(item.lease)
         except FleetError as error:
             return outcome.failed(item, error)
         return outcome.hopped(item, decision.engine, gone, engine, time.time())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from typing import Any
 
 from celery import bootsteps
@@ -25,6 +26,10 @@ def fleet_of(app: Any) -> Fleet:
     """The fleet of an app made by :func:`workers.celery.create_app`."""
     fleet: Fleet = app.fleet
     return fleet
+
+
+RECONNECT_SECONDS = 2.0
+"""Longest pause between two tries to connect: Celery's own grows to 30 s while a broker is away."""
 
 
 class FleetConsumer(Consumer):
@@ -68,9 +73,16 @@ class FleetConsumer(Consumer):
         if self.event_dispatcher:
             self.event_dispatcher.send("task-failed", uuid=item.id, exception=repr(error), traceback="")
 
+    def ensure_connected(self, conn: Any) -> Any:
+        """Connect, trying again until the broker is there; a worker that is to stop stops trying."""
+        conn.ensure_connection = partial(
+            conn.ensure_connection, interval_start=0.5, interval_step=0.5, interval_max=RECONNECT_SECONDS
+        )
+        return super().ensure_connected(conn)
+
 
 class EngineStep(bootsteps.StartStopStep):
-    """Loads the engines before anything is consumed, and unloads them after everything else has stopped."""
+    """Loads the engines before anything is consumed. They are unloaded by :class:`workers.worker.FleetWorker`."""
 
     requires = ("celery.worker.components:Pool",)
 
@@ -87,15 +99,9 @@ class EngineStep(bootsteps.StartStopStep):
             logger.critical("%s", error.message)
             raise WorkerShutdown(1) from error
 
-    def stop(self, worker: Any) -> None:
-        """Unload."""
-        fleet_of(worker.app).close()
-
-    terminate = stop
-
 
 class IntakeStep(bootsteps.StartStopStep):
-    """Connects the intakes to each broker connection, sweeps, and drains when the worker stops."""
+    """Connects the intakes to each broker connection, and sweeps."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
@@ -122,19 +128,6 @@ class IntakeStep(bootsteps.StartStopStep):
 
         hub.call_repeatedly(interval, sweep)
         hub.call_soon(sweep)
-
-    def stop(self, consumer: Any) -> None:
-        """Called when a connection is lost as well as at the end; only at the end there is something to do."""
-        if consumer.blueprint.state == bootsteps.TERMINATE or _stopping(consumer):
-            fleet = fleet_of(consumer.app)
-            fleet.leave()
-            fleet.drain()
-            if fleet.observer is not None:
-                fleet.observer.flush()
-
-
-def _stopping(consumer: Any) -> bool:
-    return bool(consumer.controller.blueprint.state in (bootsteps.CLOSE, bootsteps.TERMINATE))
 
 
 def strategy(task: Task, app: Any, consumer: Any, **kwargs: Any) -> Any:  # noqa: ARG001  # Celery's signature

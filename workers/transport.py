@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from kombu.transport import redis as kombu_redis
+from redis.exceptions import ReadOnlyError
 
 from shared import keys, wire
 from shared.errors import BadRequest, PayloadTooLarge, UndecodableMessage
@@ -363,6 +364,16 @@ class Poller(kombu_redis.MultiChannelPoller):
         if entry is not None:
             channel, kind = entry
             channel.handlers[kind]()
+
+    def maybe_refresh_binding_expiry(self) -> None:
+        """Keep the bindings of remote control; a server that has become a replica is left for the one that is not."""
+        for channel in self._channels:
+            try:
+                channel.maybe_refresh_binding_expiry()
+            except ReadOnlyError as error:
+                raise ConnectionError("the broker has become a read-only replica") from error
+            except (channel.ResponseError, *channel.connection_errors) as error:
+                logger.debug("cannot refresh the bindings, trying again: %s", error)
 
     def maybe_check_brpop_health(self) -> None:
         """Ask again; a broker that has not answered the last question by now is not there."""

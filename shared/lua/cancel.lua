@@ -5,7 +5,6 @@
 -- ARGV[1]  result record
 -- ARGV[2]  seconds that results are kept
 -- Returns  1, or 0 where the request had ended before
-redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
 local existing = redis.call('GET', KEYS[1])
 if existing then
   local ok, record = pcall(cjson.decode, existing)
@@ -14,9 +13,11 @@ if existing then
 end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+-- The removal comes first: a broker that is out of memory lets a script write on once it has written something that
+-- takes none.
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - ARGV[2] * 1000)
 redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
 redis.call('PUBLISH', KEYS[1], ARGV[1])
-redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - ARGV[2] * 1000)
 redis.call('ZADD', KEYS[2], now, KEYS[1])
 redis.call('EXPIRE', KEYS[2], ARGV[2])
 return 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from producer.doctor_broker import check_gpu_leases
-from producer.findings import Grade
 from shared.contract import EngineName
+from shared.findings import Grade
 from shared.gpus import GpuBoard, GpuHolder, GpuLease, GpuMark
 from shared.settings import OptimizationSettings
 from workers.devices.demand import Demand, candidates_of, demand_of, shortage, too_few, visible_devices

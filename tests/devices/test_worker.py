@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from producer.doctor_broker import check_gpu_leases
-from producer.findings import Grade
+from shared.findings import Grade
 from shared.gpus import read_gpus
 from tests.conftest import ROOT, FleetUnderTest, eventually
 from tests.nvml.standin import StandIn

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.property
 EXAMPLES = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-TENANTS = ("default", "acme", "beta", "a%d:x/y")
+TENANTS = ("default", "acme", "beta", "a.b-c_D")
 QUEUE = EngineName.FAKE
 
 

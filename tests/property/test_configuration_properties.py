@@ -30,8 +30,8 @@ RELATED = {
     "monitoring.anomaly.alert_destinations",
     "monitoring.server.preload_models",
     "models.catalog",
-    "fleet.signing_key",
     "fleet.tenants",
+    "fleet.signing_key",
 }
 INDEPENDENT = [option for option in options() if option.key not in RELATED]
 TEXTS = {

@@ -8,9 +8,9 @@ import yaml
 
 from producer import cli, doctor, doctor_broker
 from producer.batch import AnswerFile, Summary
-from producer.findings import Grade
 from shared.contract import EngineName, Kind
 from shared.errors import BadRequest, ConfigurationError
+from shared.findings import Grade
 from shared.registry import EngineInfo, ServedModel, WorkerInfo
 from shared.settings import ModelSpec, ModelsSettings, Settings
 

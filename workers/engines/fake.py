@@ -114,7 +114,7 @@ def _vector(text: str) -> list[float]:
 
 
 class FakeEngine(Engine):
-    """Loads fake models at once."""
+    """Loads fake models at once, or after the configured time."""
 
     name = EngineName.FAKE
 
@@ -125,4 +125,5 @@ class FakeEngine(Engine):
 
     def load(self, spec: ModelSpec) -> FakeModel:
         """A fake model with the kinds that its declaration names."""
+        time.sleep(self.settings.optimization.fake.load_ms / 1000)
         return FakeModel(spec, self.settings.optimization.fake)

@@ -1,4 +1,4 @@
-"""What ``muai doctor`` reports."""
+"""What checks report: of ``muai doctor``, and of a worker at its start."""
 
 from __future__ import annotations
 
