@@ -34,7 +34,14 @@ class Marker:
 def watched(make_fleet) -> Iterator[tuple[FleetUnderTest, list[dict[str, object]]]]:
     """A fleet whose worker logs at level debug, and every event that is published."""
     fleet: FleetUnderTest = make_fleet(
-        fleet={"lease_seconds": 1.0, "sweep_seconds": 0.2, "max_deliveries": 1, "max_result_bytes": 5000},
+        fleet={
+            "lease_seconds": 1.0,
+            "sweep_seconds": 0.2,
+            "max_deliveries": 1,
+            "max_result_bytes": 5000,
+            "heartbeat_seconds": 0.3,
+            "rescue_after_seconds": 0.5,
+        },
         optimization={"retry": {"attempts": 1, "backoff_ms": 1}, "breaker": {"failures": 1000}},
     )
     app, events = bare_app(fleet.url), []
@@ -104,6 +111,7 @@ def test_no_input_and_no_output_gets_out(watched, redis_client) -> None:
         plain.send_task("muai.infer", kwargs={"request": asked[0], "further": mark()}, queue="fake"),
         plain.send_task("muai.infer", kwargs={"request": asked[0]}, queue="fake", expires=0.000001),
         plain.send_task("muai.infer", kwargs={"request": asked[0]}, queue="control"),
+        plain.send_task("muai.infer", kwargs={"request": asked[4]}, queue="onnx"),  # which nobody serves: it hops
         plain.send_task("somebody.else", args=[mark()], kwargs={"a": mark()}, queue="fake"),
         plain.send_task("muai.infer", kwargs={"request": asked[0]}, queue="fake", serializer="pickle"),
         plain.send_task("muai.infer", kwargs={"request": asked[0]}, queue="fake", compression="gzip"),
@@ -112,7 +120,9 @@ def test_no_input_and_no_output_gets_out(watched, redis_client) -> None:
         found = client.handle(answer.id).outcome(20)
         told.append(str(found) if isinstance(found, FleetError) else "")
     redis_client.lpush("fake", mark(), json.dumps({"body": mark(), "headers": {}, "properties": {}}))
-    plain.send_task("muai.infer", kwargs={"request": ask(mark())}, queue="fake", countdown=60)
+    late = plain.send_task("muai.infer", kwargs={"request": ask(mark())}, queue="fake", countdown=60)
+    eventually(lambda: fleet.client.queue_lengths()["leased"] == 1, 10, "its wait")
+    assert client.cancel(late.id)
     eventually(lambda: redis_client.xlen(keys.DEAD_LETTERS) >= 5, 10, "the dead letters")
     assert client.submit(ECHO).result(10).text == "olleh"
 
