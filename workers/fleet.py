@@ -30,9 +30,10 @@ from workers.delivery import Delivery
 from workers.devices.devices import Devices
 from workers.engines import engine_class
 from workers.events import TaskObserver
-from workers.intake import BROKER_ERRORS, TEND_SECONDS, Intake, Services
+from workers.intake import TEND_SECONDS, Intake, Services
 from workers.leases import LeaseKeeper
 from workers.models import ModelManager
+from workers.outbox import BROKER_ERRORS
 from workers.parity import ParityGate
 from workers.rescue import Rescuer
 from workers.runner import BatchRunner, ContinuousRunner, EngineRunner, Event, Finished

@@ -11,11 +11,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from traceback import format_tb
 from typing import Any
 
-import redis
 from celery.worker import state
 from kombu.asynchronous import Hub
 from kombu.exceptions import OperationalError
@@ -33,15 +31,15 @@ from shared.errors import (
 )
 from shared.registry import WorkerInfo
 from shared.settings import Settings
-from workers import outcome
 from workers.batcher import Batch, Batcher, BatchLimits, FlushReason
 from workers.canvas import Canvas
-from workers.delivery import LEFT_OUT_SECONDS, Claim, Delivery, Outcome, Verdict
+from workers.delivery import LEFT_OUT_SECONDS, Claim, Delivery, Verdict
 from workers.engines.base import EngineOutput
 from workers.events import TaskObserver
 from workers.fallback import Fallback, FallbackDecision
 from workers.inflight import InFlight
 from workers.leases import LeaseKeeper
+from workers.outbox import BROKER_ERRORS, Outbox
 from workers.results import result_of
 from workers.runner import BatchDone, EngineRunner, Event, Finished
 from workers.sizes import TokenEstimator
@@ -57,10 +55,9 @@ TEND_SECONDS = 0.25
 AHEAD_SHARE = 0.25
 """How much more than can run is claimed for an engine that batches by itself, so that no slot waits for the broker."""
 
-SETTLE_CHUNK = 256
-
 SAME_ID_SECONDS = 1.0
 """How long a message waits while another of the same id is under way."""
+
 ALONE = "alone"
 """Key of a batch whose one member runs by itself."""
 
@@ -79,23 +76,6 @@ class Services:
     refresh: Callable[[], None]
     announce: Callable[[], None]
     tend: Callable[[], None]
-
-
-Ending = Callable[[], None]
-"""What to tell observers once an outcome was written."""
-
-BROKER_ERRORS = (redis.RedisError, OperationalError, OSError)
-"""What a broker that fails raises, by way of the client library, of Celery, or of the socket."""
-
-
-@dataclass(slots=True)
-class _Ended:
-    """An outcome to write, what must be done before it is, and what follows."""
-
-    item: InFlight
-    outcome: Outcome
-    ending: Ending
-    before: Ending | None = None
 
 
 class Intake:
@@ -119,7 +99,7 @@ class Intake:
         self._alone: InFlight | None = None  # waits for the end of what runs, or runs by itself
         self._reports: deque[Event] = deque()
         self._done: deque[BatchDone] = deque()
-        self._outbox: list[_Ended] = []
+        self._outbox = Outbox(services.delivery, services.leases, services.observer, services.canvas)
         self._hub: Hub | None = None
         self._drain_soon = promise(self.drain)
         self._timer_at = float("inf")
@@ -127,7 +107,7 @@ class Intake:
         self._fallback = Fallback(
             self.engine, runner.models, services.settings, services.worker_id, services.live_workers, services.refresh
         )
-        self._unfinished = 0
+        self._taken = 0
 
     # -- claim ------------------------------------------------------------------------------------------------------
 
@@ -163,22 +143,22 @@ class Intake:
         body = message.body if isinstance(message.body, str) else message.body.decode()
         item = InFlight(message.delivery_tag, self.queue, message.headers, message.properties, body, time.time())
         self._services.leases.hold(item.lease)
-        self._unfinished += 1
+        self._taken += 1
         try:
             self._admit(item)
         except UndecodableMessage as error:
-            self._end(item, outcome.failed(item, error, dead_reason=str(error)), lambda: None)
+            self._outbox.bury(item, error)
         except FleetError as error:
-            self._fail(item, error)
+            self._outbox.fail(item, error)
         except Exception as error:  # noqa: BLE001  # the boundary: no message may stop the loop that takes all the others
             logger.error("request %s could not be taken in: %s\n%s", item.id, type(error).__name__, _frames(error))
-            self._fail(item, FleetError(f"the request could not be taken in: {type(error).__name__}"))
+            self._outbox.fail(item, FleetError(f"the request could not be taken in: {type(error).__name__}"))
 
     def _admit(self, item: InFlight) -> None:
         wire.check_size(len(item.body.encode()), self._services.settings.fleet.max_payload_bytes)
         eta = item.eta
         if eta is not None and eta > item.claimed:
-            self._end(item, outcome.delayed(item.lease, eta), lambda: None)
+            self._outbox.delay(item, eta)
             return
         args, kwargs, item.embed = item.decode()
         self._services.observer.received(item)
@@ -218,7 +198,7 @@ class Intake:
             self._hub.call_later(LEFT_OUT_SECONDS, lambda: None)  # the loop claims when it wakes
         if claim.cancelled and len(self._batcher):
             self._drop_cancelled()
-        self._flush()
+        self._outbox.flush()
         self.pump()
 
     def _begin_foreign(self) -> None:
@@ -229,15 +209,16 @@ class Intake:
             if verdict is Verdict.RUN and item.request is not None:
                 self._wait(item, item.request, item.claimed)
                 continue
-            due = item.claimed + SAME_ID_SECONDS
-            ended = Outcome(item.lease) if verdict is Verdict.DONE else outcome.delayed(item.lease, due)
-            self._end(item, ended, partial(self._services.observer.given_back, item))
+            if verdict is Verdict.DONE:
+                self._outbox.drop(item)
+            else:
+                self._outbox.delay(item, item.claimed + SAME_ID_SECONDS)
 
     def _drop_cancelled(self) -> None:
         waiting = [item.id for item in self._batcher]
         gone = self._services.delivery.cancelled_among(waiting)
         for item in self._batcher.remove(lambda item: item.id in gone):
-            self._revoke(item, Cancelled(), expired=False)
+            self._outbox.revoke(item, Cancelled(), expired=False)
 
     def tend(self) -> None:
         """End what runs and is not wanted any longer, and let the engine know."""
@@ -248,11 +229,11 @@ class Intake:
         now = time.time()
         for item in running:
             if item.id in gone:
-                self._revoke(item, Cancelled(), expired=False)
+                self._outbox.revoke(item, Cancelled(), expired=False)
             elif not self._unwanted(item, now):
                 continue
             self._runner.abort(item)
-        self._flush()
+        self._outbox.flush()
 
     def forget(self, leases: Collection[str]) -> None:
         """Drop requests that other workers have taken over: what runs is ended, and nothing is answered."""
@@ -269,7 +250,7 @@ class Intake:
             self._alone = None
         for item in rested.union(waited, running):  # one that is to run again may be among what runs as well
             item.ended = True
-            self._unfinished -= 1
+            self._taken -= 1
             self._services.observer.given_back(item)
 
     def _open(self) -> list[InFlight]:
@@ -289,7 +270,7 @@ class Intake:
                 self._unwanted(item, now)
             while len(self._running) < self._slots and (batch := self._batcher.take(now)) is not None:
                 self._start(batch, now)
-            self._flush()
+            self._outbox.flush()
         due = self._batcher.due_at(now) if len(self._running) < self._slots else None
         if due is not None and due < self._timer_at and self._hub is not None:
             self._timer_at = due
@@ -300,7 +281,7 @@ class Intake:
         self._put_back(self._batcher.drain())
         if not self._running and self._unwanted(item, now):
             self._alone = None
-        self._flush()  # before it starts: nothing of what was put back is to be lost with this worker
+        self._outbox.flush()  # before it starts: nothing of what was put back is to be lost with this worker
         if not self._running and self._alone is not None:
             self._start(Batch(ALONE, [item], item.tokens, FlushReason.SIZE, now - item.claimed), now)
 
@@ -330,7 +311,7 @@ class Intake:
         """Where the batch takes longer than its like, let others have what was claimed in good hope."""
         if batch.items[0].lease in self._running and not self._ends_soon(batch, time.time()):
             self._give_back_waiting()
-            self._flush()
+            self._outbox.flush()
 
     def _give_back_waiting(self) -> None:
         """What must wait for the running batch goes back where another worker of the queue can have it."""
@@ -344,7 +325,7 @@ class Intake:
     def _put_back(self, items: Sequence[InFlight]) -> None:
         """Return these to the front of the queue, in the order in which they came."""
         for item in reversed(items):
-            self._end(item, Outcome.give_back(item.lease), partial(self._services.observer.given_back, item))
+            self._outbox.give_back(item)
 
     # -- run and settle ---------------------------------------------------------------------------------------------
 
@@ -365,7 +346,7 @@ class Intake:
         if len(self._running) < self._slots:
             self.pump()
         self._take_reports()
-        self._flush()
+        self._outbox.flush()
 
     def _take_done(self) -> None:
         while self._done:
@@ -395,15 +376,15 @@ class Intake:
                 self._succeed(item, done, done.outcome)
             elif not self.accepting and (done.outcome.transient or done.outcome.outage):
                 # A stopping worker's engine may go before it: that says nothing of the request.
-                self._end(item, Outcome.give_back(item.lease), partial(self._services.observer.given_back, item))
+                self._outbox.give_back(item)
             elif done.outcome.transient and self._try_again(item, done.outcome):
                 return
             elif done.outcome.hops and request is not None and self._services.settings.optimization.fallback_on_error:
                 self._go_on(item, self._fallback.after_failure(request, item.hops, done.outcome))
             else:
-                self._fail(item, done.outcome)
+                self._outbox.fail(item, done.outcome)
         except FleetError as error:
-            self._fail(item, error)
+            self._outbox.fail(item, error)
         except OperationalError as error:  # Celery's word for a broker that fails while a canvas goes on
             raise ConnectionError(str(error)) from error
         except BROKER_ERRORS:
@@ -413,7 +394,7 @@ class Intake:
             logger.error(
                 "the outcome of request %s cannot be written: %s\n%s", item.id, type(error).__name__, _frames(error)
             )
-            self._fail(
+            self._outbox.fail(
                 item, EngineError(f"the {self.engine} engine's answer cannot be written: {type(error).__name__}")
             )
 
@@ -449,36 +430,20 @@ class Intake:
                 f"the answer is {len(encoded)} bytes; at most {most} are kept (fleet.max_result_bytes): ask for less"
             )
         children = self._services.canvas.succeeded(item, result)
-        observer = self._services.observer
-        self._end(
-            item,
-            outcome.succeeded(item, encoded, children),
-            lambda: observer.succeeded(item, result, now - item.started),
-        )
+        self._outbox.succeed(item, result, encoded, children, now - item.started)
 
     def _go_on(self, item: InFlight, decision: FallbackDecision) -> None:
         """Send the request where it was decided that it goes."""
-        now = time.time()
-        observer, error = self._services.observer, decision.error
+        now, error = time.time(), decision.error
         if decision.engine is None:
             # The pause keeps it from coming straight back here.
-            due = min(now + decision.pause, item.last_moment() or float("inf"))
-            self._end(item, outcome.delayed(item.lease, due), partial(observer.given_back, item))
+            self._outbox.delay(item, min(now + decision.pause, item.last_moment() or float("inf")))
             return
         if error is not None:
             logger.warning(
                 "request %s hops from %s to %s: %s", item.id, self.engine, decision.engine, type(error).__name__
             )
-        ending = partial(observer.given_back, item) if error is None else partial(observer.retried, item, error)
-        self._end(item, outcome.hopped(item, decision.engine, error, self.engine, now), ending)
-
-    def _fail(self, item: InFlight, error: FleetError) -> None:
-        self._end(
-            item,
-            outcome.failed(item, error),
-            lambda: self._services.observer.failed(item, error),
-            before=partial(self._services.canvas.failed, item, error),
-        )
+        self._outbox.hop(item, decision.engine, error, self.engine, now)
 
     # -- expiry and cancellation ------------------------------------------------------------------------------------
 
@@ -501,13 +466,15 @@ class Intake:
         """End a request nobody wants any longer; ``False`` where it is still wanted."""
         expires = item.expires
         if item.id in state.revoked:
-            self._revoke(item, Cancelled(), expired=False)
+            self._outbox.revoke(item, Cancelled(), expired=False)
         elif expires is not None and now >= expires:
-            self._revoke(item, Cancelled("the task expired before it was started"), expired=True)
+            self._outbox.revoke(item, Cancelled("the task expired before it was started"), expired=True)
         elif item.request is not None and item.request.expired(now):
-            self._fail(item, self._late(item, item.request))
+            self._outbox.fail(item, self._late(item, item.request))
         elif item.request is not None and item.request.expired(now + (takes := self._at_least(item))):
-            self._fail(item, DeadlineExceeded(f"the deadline cannot be met: such requests take {takes:.3f} s or more"))
+            self._outbox.fail(
+                item, DeadlineExceeded(f"the deadline cannot be met: such requests take {takes:.3f} s or more")
+            )
         else:
             return False
         return True
@@ -520,49 +487,10 @@ class Intake:
             reasons.append(f"{self.engine}: {failure}")
         return DeadlineExceeded(f"the request's deadline passed ({'; '.join(reasons)})" if reasons else None)
 
-    def _revoke(self, item: InFlight, error: Cancelled, expired: bool) -> None:
-        self._end(item, outcome.revoked(item, error), lambda: self._services.observer.revoked(item, expired))
-
-    # -- outcomes ---------------------------------------------------------------------------------------------------
-
-    def _end(self, item: InFlight, ended: Outcome, ending: Ending, before: Ending | None = None) -> None:
-        item.ended = True
-        self._outbox.append(_Ended(item, ended, ending, before))
-
-    def _flush(self) -> None:
-        """Write every outcome that waits. Where the broker fails they stay, and are written when it is back."""
-        while self._outbox:
-            chunk = self._outbox[:SETTLE_CHUNK]
-            for ended in chunk:
-                self._prepare(ended)
-            written = self._services.delivery.settle([ended.outcome for ended in chunk])
-            del self._outbox[: len(chunk)]
-            self._services.leases.release([ended.outcome.lease for ended in chunk])
-            self._unfinished -= len(chunk)
-            for ended, stands in zip(chunk, written, strict=True):
-                if stands:
-                    ended.ending()
-                else:  # another worker has it, or it had its answer before
-                    self._services.observer.given_back(ended.item)
-
-    def _prepare(self, ended: _Ended) -> None:
-        """Do what comes before an outcome, once; where the broker fails it is tried again when it is back."""
-        if ended.before is None:
-            return
-        try:
-            ended.before()
-        except OperationalError as error:
-            raise ConnectionError(str(error)) from error
-        except BROKER_ERRORS:
-            raise
-        except Exception:  # the boundary: a canvas that cannot be told keeps no request from its answer
-            logger.exception("the canvas of a failed request cannot be told")
-        ended.before = None
-
     @property
     def in_flight(self) -> int:
         """Requests claimed and not settled."""
-        return self._unfinished
+        return self._taken - self._outbox.settled
 
     # -- shutdown ---------------------------------------------------------------------------------------------------
 
@@ -586,8 +514,8 @@ class Intake:
             self._runner.abort(item)
         if running:
             logger.warning("%d requests did not end in time and go back to %s", len(running), self.queue)
-        self._flush()
-        return not self._unfinished
+        self._outbox.flush()
+        return self.in_flight == 0
 
     @property
     def busy(self) -> bool:
