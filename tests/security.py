@@ -70,9 +70,8 @@ class Authority:
 @contextmanager
 def tls_in_front_of(port: int, context: ssl.SSLContext) -> Iterator[int]:
     """Take TLS connections on loopback and pass what is in them on to ``port``; yields the port to connect to."""
-    loop = asyncio.new_event_loop()
-    ready: list[asyncio.Server] = []
-    started = threading.Event()
+    at: list[int] = []
+    started, over = threading.Event(), threading.Event()
 
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError, ssl.SSLError):
@@ -86,24 +85,17 @@ def tls_in_front_of(port: int, context: ssl.SSLContext) -> Iterator[int]:
         await asyncio.gather(pump(reader, back), pump(there, writer))
 
     async def main() -> None:
-        ready.append(await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context))
+        server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+        at.append(server.sockets[0].getsockname()[1])
         started.set()
+        await asyncio.to_thread(over.wait)
+        server.close()
 
-    def run() -> None:
-        loop.run_until_complete(main())
-        loop.run_forever()
-        open_connections = asyncio.all_tasks(loop)
-        for task in open_connections:
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*open_connections, return_exceptions=True))
-        loop.close()
-
-    thread = threading.Thread(target=run, name="tls", daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(main()), name="tls", daemon=True)
     thread.start()
-    started.wait(10)
     try:
-        yield int(ready[0].sockets[0].getsockname()[1])
+        assert started.wait(10)
+        yield at[0]
     finally:
-        loop.call_soon_threadsafe(ready[0].close)
-        loop.call_soon_threadsafe(loop.stop)
+        over.set()
         thread.join(5)
