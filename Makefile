@@ -8,7 +8,7 @@ ENGINES_STAMP := $(VENV)/.engines-$(SUM)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-engines demo demo-model up test lint types contracts check docs bench-queue bench-batching bench-engines clean
+.PHONY: help setup setup-engines demo demo-model up test lint types contracts check docs bench-queue bench-batching bench-engines bench-overload faults soak clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -58,7 +58,7 @@ check: lint types contracts  ## lint, types and contracts
 docs: setup  ## write docs/configuration.md from the settings
 	@$(BIN)/python -m shared.configuration_reference
 
-bench-queue: setup  ## cost of the queue path against plain Celery
+bench-queue: setup  ## cost of the queue path, against plain Celery and dramatiq
 	@$(BIN)/python -m tests.benchmarks.bench_queue
 
 bench-batching: setup  ## what micro-batching gains, and what it costs a lone caller
@@ -66,6 +66,15 @@ bench-batching: setup  ## what micro-batching gains, and what it costs a lone ca
 
 bench-engines: setup-engines  ## what the fleet leaves of each engine's own speed, and of vLLM's server's
 	@$(BIN)/python -m tests.benchmarks.bench_engines
+
+bench-overload: setup  ## what a flood of one tenant's requests, or of urgent ones, costs the others
+	@$(BIN)/python -m tests.benchmarks.bench_overload
+
+faults: setup  ## break the fleet on purpose and count what is lost or doubled; half an hour (ONLY=<name>,<name>)
+	@$(BIN)/python -m tests.faults --only '$(ONLY)'
+
+soak: setup  ## a long time with a fault every 30 s: nothing is lost, and nothing grows (MINUTES=30)
+	@$(BIN)/python -m tests.faults --only soak --minutes $(or $(MINUTES),30)
 
 clean:  ## remove what set-up and runs have made
 	rm -rf $(VENV) .muai .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

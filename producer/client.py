@@ -18,10 +18,11 @@ from producer.handle import Handle
 from producer.outage import policy
 from producer.records import Outcome, RequestStatus, read, status_of
 from producer.replies import ReplyReader
+from producer.submitter import Submitter
 from shared import keys, wire
 from shared.broker import broker_errors, connect, lua
 from shared.contract import EngineName, InferenceRequest, InferenceResult
-from shared.errors import BrokerUnavailable, Cancelled, FleetError, NoEngineAvailable
+from shared.errors import BrokerUnavailable, Cancelled, FleetError, NoEngineAvailable, Overloaded
 from shared.registry import WorkerInfo, WorkerRegistry
 from shared.routing import choose, park
 from shared.settings import OnOutage, Settings
@@ -66,9 +67,9 @@ class Client:
         self._fleet = settings.fleet
         self._redis = connect(self._fleet)
         self._registry = WorkerRegistry(self._redis, self._fleet.silent_after_seconds)
-        self._once = self._redis.register_script(lua("shared", "submit_once"))
         self._cancel = self._redis.register_script(lua("shared", "cancel"))
         self._replies = ReplyReader(self._fleet, self.id)
+        self._submitter = Submitter(self._redis, settings, self._replies.stream)
         self._workers: list[WorkerInfo] = []
         self._workers_at = float("-inf")
         self._choices: dict[tuple[object, ...], EngineName] = {}
@@ -97,7 +98,8 @@ class Client:
         ``timeout`` sets the request's deadline, in seconds from now. Raises :class:`~shared.errors.BadRequest` for an
         invalid one (:class:`~shared.errors.UnknownModel`, :class:`~shared.errors.UnsupportedKind`,
         :class:`~shared.errors.PayloadTooLarge`), :class:`~shared.errors.NoEngineAvailable` where no live worker can
-        serve it (with a deadline it is queued all the same, and served when an engine is there in time), and
+        serve it (with a deadline it is queued all the same, and served when an engine is there in time),
+        :class:`~shared.errors.QueueFull` and :class:`~shared.errors.QuotaExceeded`, which say when to try again, and
         :class:`~shared.errors.BrokerUnavailable`.
         """
         if request is None:
@@ -107,10 +109,9 @@ class Client:
         return self.submit_many([request], timeout=timeout)[0]
 
     def submit_many(self, requests: Sequence[RequestLike], *, timeout: float | None = None) -> list[Handle]:
-        """Submit several at once; all of them are checked before any is sent.
+        """Submit several at once: all of them or, where one is refused, none.
 
-        An id that the caller chose is submitted once: again, it gives a handle of the same request, which is not run
-        again.
+        An id is submitted once: again, it gives a handle of the same request, which is not run again.
         """
         deadline = None if timeout is None else time.time() + timeout
         prepared = [_prepare(request, deadline) for request in requests]
@@ -130,17 +131,11 @@ class Client:
 
     def _send(self, requests: Sequence[InferenceRequest]) -> None:
         """Choose an engine for each and push all of them, each id once; one that has its answer gets it."""
-        now = time.time()
-        chosen: list[tuple[str, str, bytes]] = []
-        for request in requests:
-            queue = keys.queue_of(self._choose(request))
-            message = wire.encode_request(
-                request, queue, sent=now, reply=self._replies.stream, max_bytes=self._fleet.max_payload_bytes
-            )
-            chosen.append((request.id, keys.list_of(queue, request.priority.wire), message))
-        for request_id in self._push_once(chosen):
-            with suppress(BrokerUnavailable):  # its handle looks again
-                self.recover(request_id)
+        new = self._submitter.submit([(request, self._choose(request)) for request in requests], time.time())
+        for request, pushed in zip(requests, new, strict=True):
+            if not pushed:
+                with suppress(BrokerUnavailable):  # its handle looks again
+                    self.recover(request.id)
 
     def map(
         self,
@@ -154,12 +149,12 @@ class Client:
     ) -> Iterator[InferenceResult | FleetError]:
         """Submit many and yield their results in order, with at most ``window`` of them under way.
 
-        ``requests`` is read as results are taken, so memory stays bounded whatever its length. An item that is a result
-        or an error already (of a line that could not be read, say) is yielded in its place. With
-        ``errors="yield"`` an error takes its result's place and the rest go on; with ``"raise"`` the first one is
-        raised, and with ``on_outage="raise"`` so is the broker's absence. ``timeout`` is each request's, in seconds.
-        ``progress=True`` draws a bar on the terminal; ``total`` is how many there will be, where ``requests`` has no
-        length.
+        ``requests`` is read as results are taken, so memory stays bounded whatever its length. Where a queue is full
+        or a quota used up, it waits for room. An item that is a result or an error already (of a line that could not be
+        read, say) is yielded in its place. With ``errors="yield"`` an error takes its result's place and the rest go
+        on; with ``"raise"`` the first one is raised, and with ``on_outage="raise"`` so is the broker's absence.
+        ``timeout`` is each request's, in seconds. ``progress=True`` draws a bar on the terminal; ``total`` is how many
+        there will be, where ``requests`` has no length.
         """
         if total is None and isinstance(requests, Sequence):
             total = len(requests)
@@ -197,6 +192,12 @@ class Client:
             return self.submit_many(chunk, timeout=timeout) if chunk else []
         except BrokerUnavailable as error:
             return [error] * len(chunk)
+        except Overloaded as error:
+            # There will be room: results are on their way meanwhile. A smaller piece finds it sooner.
+            time.sleep(error.retry_after)
+            half = (len(chunk) + 1) // 2
+            pieces = (chunk[:half], chunk[half:]) if len(chunk) > 1 else (chunk,)
+            return [handle for piece in pieces for handle in self._submit_each(piece, timeout)]
         except FleetError:
             # One of them is bad: by themselves they say which.
             handles: list[Handle | FleetError] = []
@@ -222,19 +223,6 @@ class Client:
             if engine is None:
                 raise
         return engine
-
-    def _push_once(self, chosen: Sequence[tuple[str, str, bytes]]) -> list[str]:
-        """Push what nobody has submitted before: id, list and message each. Returns the ids that were known."""
-        if not chosen:
-            return []
-        names = [
-            key for request_id, name, _ in chosen
-            for key in (keys.submitted_key(request_id), keys.result_key(request_id), name)
-        ]  # fmt: skip
-        messages = [message for _, _, message in chosen]
-        with broker_errors(self._fleet, "submit"):
-            pushed = self._once(keys=names, args=[self._fleet.result_expires_seconds, *messages])
-        return [request_id for (request_id, _, _), new in zip(chosen, pushed, strict=True) if not new]
 
     # -- requests that are under way --------------------------------------------------------------------------------
 
@@ -262,7 +250,7 @@ class Client:
 
     def cancel(self, request_id: str) -> bool:
         """Cancel a request: its caller gets :class:`~shared.errors.Cancelled`. ``False`` where it had ended before."""
-        record = wire.failure_meta(request_id, Cancelled(), status="REVOKED", done=wire.now_iso())
+        record = wire.failure_meta(request_id, Cancelled(), status="REVOKED")
         with broker_errors(self._fleet, "cancel"):
             cancelled = self._cancel(
                 keys=[keys.result_key(request_id), keys.CANCELLED], args=[record, self._fleet.result_expires_seconds]
@@ -292,11 +280,12 @@ class Client:
             for queue in queues:
                 for name in keys.lists_of(queue):
                     pipe.llen(name)
+                pipe.hget(keys.queue_state(queue), "laned")
             pipe.zcard(keys.LEASE_INDEX)
             pipe.xlen(keys.DEAD_LETTERS)
-            counts = pipe.execute()
-        steps = len(keys.PRIORITY_STEPS)
-        lengths = {queue: sum(counts[i * steps : (i + 1) * steps]) for i, queue in enumerate(queues)}
+            counts = [int(count or 0) for count in pipe.execute()]
+        each = len(keys.PRIORITY_STEPS) + 1
+        lengths = {queue: sum(counts[i * each : (i + 1) * each]) for i, queue in enumerate(queues)}
         return {**lengths, "leased": counts[-2], "dead": counts[-1]}
 
 

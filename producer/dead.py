@@ -99,7 +99,7 @@ class DeadLetters:
         """Put them back on their queues, with a fresh count of deliveries; returns how many were still there."""
         moved = 0
         for first in range(0, len(letters), AT_ONCE):
-            arguments: list[str | bytes] = []
+            arguments: list[str | bytes | int] = [self._fleet.result_expires_seconds]
             for letter in letters[first : first + AT_ONCE]:
                 result = keys.result_key(letter.request_id) if letter.request_id else ""
                 arguments += [letter.id, letter.list_name, _renewed(letter), result]

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import redis
 
@@ -18,6 +19,7 @@ from shared.gpus import GpuBoard, read_gpus
 from shared.masking import masked_url
 from shared.registry import WorkerInfo, WorkerRegistry
 from shared.settings import Settings
+from shared.tls import unchecked
 
 SLOW_BROKER_MS = 5.0
 
@@ -34,6 +36,7 @@ def check_broker(settings: Settings) -> Iterator[Finding]:
         info: Any = client.info()
         latency = statistics.median(_ping_ms(client) for _ in range(20))
         yield check_version(info, url)
+        yield from check_tls(settings)
         yield check_persistence(info)
         yield check_eviction(info)
         yield check_latency(latency)
@@ -44,12 +47,37 @@ def check_broker(settings: Settings) -> Iterator[Finding]:
         yield check_gpu_leases(read_gpus(client))
     except (redis.RedisError, OSError) as error:
         reason = str(error).splitlines()[0]
-        yield Finding(
-            Grade.FAIL, "broker", f"{url} does not answer: {reason}",
-            "muai broker  (starts an embedded one), or start a Redis and set REDIS_URL",
-        )  # fmt: skip
+        yield Finding(Grade.FAIL, "broker", f"{url} does not answer: {reason}", _remedy(reason))
     finally:
         client.close()
+
+
+def _remedy(reason: str) -> str:
+    if "certificate" in reason.lower():
+        return "set fleet.tls_ca_file to the certificate of the authority that signed the broker's"
+    if "WRONG_VERSION_NUMBER" in reason:
+        return "the broker does not speak TLS on this port: redis:// instead of rediss://, or its TLS port"
+    if "password" in reason.lower() or "NOAUTH" in reason:
+        return "put the broker's user and password into REDIS_URL: redis://user:password@host:port/0"
+    return "muai broker  (starts an embedded one), or start a Redis and set REDIS_URL"
+
+
+def check_tls(settings: Settings) -> Iterator[Finding]:
+    """Whether what travels to the broker is encrypted, and to whom."""
+    fleet = settings.fleet
+    parts = urlsplit(fleet.redis_url)
+    if parts.scheme == "rediss":
+        if unchecked(fleet):
+            yield Finding(
+                Grade.WARN, "tls", "encrypted, but the broker's certificate is not checked",
+                "set fleet.tls_ca_file, and fleet.tls_verify to true",
+            )  # fmt: skip
+        else:
+            yield Finding(Grade.OK, "tls", "encrypted, the broker's certificate is checked")
+    elif parts.scheme == "redis" and parts.hostname not in ("localhost", "127.0.0.1", "::1", None):
+        yield Finding(
+            Grade.WARN, "tls", "requests and answers travel in the clear", "use rediss://; see docs/security.md"
+        )
 
 
 def _ping_ms(client: redis.Redis) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,24 +16,31 @@ from redis.retry import Retry
 
 from shared.errors import BrokerFull, BrokerRefused, BrokerUnavailable, ConfigurationError
 from shared.masking import masked_url
-from shared.settings import FleetSettings
+from shared.tls import BrokerTerms, plain_url, tls_options, unchecked
+
+INCLUDE = "--!include "
+
+logger = logging.getLogger(__name__)
 
 
-def connect(fleet: FleetSettings, *, socket_timeout: float | None = None) -> redis.Redis:
+def connect(fleet: BrokerTerms, *, socket_timeout: float | None = None) -> redis.Redis:
     """A client of the fleet's broker. Nothing is sent yet; commands fail within the configured time limits.
 
     Commands are not retried by the client library: whoever sends one knows whether it may be sent twice.
     Raises :class:`ConfigurationError` for a URL that cannot be read.
     """
+    if unchecked(fleet):
+        logger.warning("the broker's certificate is not checked (fleet.tls_verify): whoever answers is believed")
     try:
         client = redis.Redis.from_url(
-            fleet.redis_url,
+            plain_url(fleet.redis_url),
             socket_connect_timeout=fleet.connect_timeout_seconds,
             socket_timeout=socket_timeout if socket_timeout is not None else fleet.socket_timeout_seconds,
             socket_keepalive=True,
             health_check_interval=0,
             retry=Retry(NoBackoff(), 0),
             protocol=2,
+            **tls_options(fleet),
         )
     except ValueError:
         # What it says may hold a part of the password: an unescaped one is the usual reason.
@@ -98,7 +106,7 @@ _CODE = re.compile(rf"\b({'|'.join(REFUSALS)})\b")
 
 
 @contextmanager
-def broker_errors(fleet: FleetSettings, doing: str) -> Iterator[None]:
+def broker_errors(fleet: BrokerTerms, doing: str) -> Iterator[None]:
     """Turn the client library's errors into one that says what failed and what to do."""
     try:
         yield
@@ -122,5 +130,7 @@ def unavailable(error: Exception, url: str, doing: str) -> BrokerUnavailable:
 
 
 def lua(package: str, name: str) -> str:
-    """The text of a Lua script that lies in the ``lua`` folder of ``package``."""
-    return resources.files(package).joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
+    """A Lua script in the ``lua`` folder of ``package``; ``--!include NAME`` on top stands for one of ``shared``."""
+    text = resources.files(package).joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
+    first, _, rest = text.partition("\n")
+    return lua("shared", first.removeprefix(INCLUDE)) + rest if first.startswith(INCLUDE) else text

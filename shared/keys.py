@@ -5,6 +5,11 @@ under ``muai:``.
 
 ======================================  ========================================================================
 ``<queue>``, ``<queue>\x06\x16<step>``     lists of waiting messages; step 3, 6 or 9, the bare name is step 0
+``muai:lane:<list>:<tenant>``           list: a tenant's messages, beside the shared list of their queue and step
+``muai:lanes:<list>``                   zset tenant -> its turn; in it while its lane holds messages
+``muai:queue:<queue>``                  hash: bytes, messages in lanes, rate of claims, turns (see ``lua/lists.lua``)
+``muai:inflight``                       hash tenant -> leases of messages from its lanes
+``muai:rate:<tenant>``                  hash: what the tenant may submit at once, and when that was reckoned
 ``muai:lease:index``                    zset lease id -> expiry, ms since the epoch
 ``muai:lease:messages``                 hash lease id -> list the message came from, newline, message
 ``muai:lease:next``                     counter that lease ids come from
@@ -14,7 +19,7 @@ under ``muai:``.
 ``muai:cancelled``                      zset result key -> time of cancellation, ms
 ``muai:workers:seen``                   zset worker id -> last announcement, ms
 ``muai:workers:info``                   hash worker id -> what the worker announces, JSON
-``muai:submitted:<id>``                 an id that its sender chose was submitted
+``muai:submitted:<id>``                 a request with this id is under way
 ``muai:parity:<digest>``                what PyTorch answers to the parity gate's questions, JSON
 ``muai:gpu:leases``                     zset GPU uuid -> expiry of its lease, ms since the epoch
 ``muai:gpu:holders``                    hash GPU uuid -> fence of its lease, newline, who holds it (JSON)
@@ -27,15 +32,18 @@ from __future__ import annotations
 
 from typing import Final
 
-from shared.contract import EngineName
+from shared.contract import DEFAULT_TENANT, EngineName
 
 CONTROL_QUEUE: Final = "control"
 PRIORITY_SEPARATOR: Final = "\x06\x16"
 PRIORITY_STEPS: Final = (0, 3, 6, 9)
 
+LANE_PREFIX: Final = "muai:lane:"
+
 LEASE_INDEX: Final = "muai:lease:index"
 LEASE_MESSAGES: Final = "muai:lease:messages"
 LEASE_COUNTER: Final = "muai:lease:next"
+IN_FLIGHT: Final = "muai:inflight"
 DEAD_LETTERS: Final = "muai:dead"
 CANCELLED: Final = "muai:cancelled"
 WORKERS_SEEN: Final = "muai:workers:seen"
@@ -58,20 +66,32 @@ def queue_of(engine: EngineName) -> str:
     return engine.value
 
 
-def list_of(queue: str, priority: int) -> str:
-    """The Redis list for a queue and a priority from 0 (first) to 9, as kombu names it."""
+def list_of(queue: str, priority: int, tenant: str = DEFAULT_TENANT) -> str:
+    """The Redis list for a queue, a priority from 0 (first) to 9, as kombu names it, and a tenant."""
     step = max(step for step in PRIORITY_STEPS if step <= max(priority, 0))
-    return f"{queue}{PRIORITY_SEPARATOR}{step}" if step else queue
+    shared = f"{queue}{PRIORITY_SEPARATOR}{step}" if step else queue
+    return shared if tenant == DEFAULT_TENANT else f"{LANE_PREFIX}{shared}:{tenant}"
 
 
 def lists_of(queue: str) -> list[str]:
-    """All lists of a queue, the most urgent first."""
+    """The shared lists of a queue, the most urgent first."""
     return [list_of(queue, step) for step in PRIORITY_STEPS]
+
+
+def lanes_of(queue: str) -> list[str]:
+    """Which tenants have messages in lanes of a queue: a zset for each of its shared lists."""
+    return [f"muai:lanes:{name}" for name in lists_of(queue)]
+
+
+def queue_state(queue: str) -> str:
+    """What is known of a queue."""
+    return f"muai:queue:{queue}"
 
 
 def queue_of_list(name: str) -> str:
     """The queue a Redis list belongs to."""
-    return name.partition(PRIORITY_SEPARATOR)[0]
+    shared = name.removeprefix(LANE_PREFIX).partition(":")[0] if name.startswith(LANE_PREFIX) else name
+    return shared.partition(PRIORITY_SEPARATOR)[0]
 
 
 def result_key(request_id: str) -> str:
@@ -91,8 +111,3 @@ PARITY_SECONDS = 30 * 24 * 3600
 def parity_key(digest: str) -> str:
     """What PyTorch answers to the fixed questions, for a model with this digest."""
     return f"muai:parity:{digest}"
-
-
-def submitted_key(request_id: str) -> str:
-    """Says that a request whose sender chose its id was submitted."""
-    return f"muai:submitted:{request_id}"

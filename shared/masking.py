@@ -11,7 +11,7 @@ MASK = "***"
 _SECRET_WORDS = frozenset(
     {"password", "passwd", "pwd", "secret", "secrets", "token", "apikey", "credential", "credentials"}
 )
-_SECRET_ENDINGS = ("api_key", "access_key", "private_key")
+_SECRET_ENDINGS = ("api_key", "access_key", "private_key", "signing_key")
 # Greedy up to the last "@": a password that holds an unescaped "@" is hidden whole.
 _CREDENTIALS = re.compile(r"(://[^:@/]*):.*@", re.DOTALL)
 _QUERY = re.compile(r"([?&]([^=&]+)=)([^&]*)")

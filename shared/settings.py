@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from shared.contract import EngineName, Kind
 
@@ -15,7 +15,9 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Percent = Annotated[float, Field(ge=0.0, le=100.0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(ge=1)]
-PositiveSeconds = Annotated[float, Field(gt=0.0)]
+PositiveNumber = Annotated[float, Field(gt=0.0)]
+PositiveSeconds = PositiveNumber
+SHORTEST_KEY = 16
 OnOutage = Literal["raise", "wait", "spool"]
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "fp16", "bf16", "fp32"]
 
@@ -207,6 +209,9 @@ class CacheSettings(Section):
     enabled: bool = Field(True, description="Reuse key-value pairs between the turns of a conversation.")
     max_memory_mb: Positive = Field(4096, description="Most memory it may take, in MB.")
     eviction_policy: Literal["lru", "fifo"] = Field("lru", description="Which entry goes first.")
+    shared_between_tenants: bool = Field(
+        False, description="Let a tenant's prompts find what another's left: faster, but times tell what was asked."
+    )
 
 
 class TunerSettings(Section):
@@ -309,7 +314,9 @@ class ServerSettings(Section):
     enabled: bool = Field(False, description="Run the HTTP gateway.")
     host: str = Field("127.0.0.1", description="Address to bind to.")
     port: Port = Field(8000, description="Port.")
-    queue_capacity: Positive = Field(100, description="Most requests that may wait.")
+    queue_capacity: Positive = Field(
+        100, description="Most requests that may wait on an engine's queue; in effect where it is set."
+    )
     preload_models: tuple[str, ...] = Field((), description="Models that workers load before they take requests.")
     graceful_shutdown_timeout: Annotated[float, Field(ge=0.0)] = Field(
         30, description="Seconds a stopping worker may take to finish what runs."
@@ -375,24 +382,59 @@ class ModelsSettings(Section):
 # --- fleet --------------------------------------------------------------------------------------------------------
 
 
+class TenantSettings(Section):
+    """What one tenant may take of the fleet."""
+
+    weight: PositiveNumber = Field(1.0, description="Its share of the turns beside other tenants that wait.")
+    requests_per_second: PositiveNumber | None = Field(None, description="Most it may submit; null is any number.")
+    burst: Positive | None = Field(None, description="Most it may submit at once; null is one second's worth.")
+    in_flight_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        None, description="Share of the fleet's places its requests may hold at once; null is all. Not for `default`."
+    )
+
+
 class FleetSettings(Section):
     """The broker and the delivery rules."""
 
     redis_url: str = Field(
         "redis://127.0.0.1:6379/0", pattern="^(redis|rediss|unix)://", description="The broker. REDIS_URL is read too."
     )
+    tls_ca_file: str | None = Field(
+        None, description="Authorities that may have signed a rediss:// broker's certificate; null is the system's."
+    )
+    tls_cert_file: str | None = Field(None, description="Our own certificate, where the broker asks for one.")
+    tls_key_file: str | None = Field(None, description="Its key, where that is in a file of its own.")
+    tls_verify: bool = Field(
+        True, description="Check the broker's certificate and name; off, whoever answers is believed."
+    )
     lease_seconds: PositiveSeconds = Field(30.0, description="How long a request stays with a silent worker.")
+    stall_seconds: PositiveSeconds = Field(
+        300.0, description="How long a worker whose loop stands still keeps its requests."
+    )
     sweep_seconds: PositiveSeconds = Field(2.0, description="How often expired leases are looked for.")
     max_deliveries: Positive = Field(3, description="Deliveries after which a request is dead-lettered.")
+    queue_capacity: Positive = Field(
+        100_000, description="The same where `monitoring.server.queue_capacity` is not set; more are refused."
+    )
+    queue_capacity_bytes: Positive = Field(1024**3, description="Most bytes that may wait on an engine's queue.")
+    starvation_limit: Positive = Field(10, description="Most more urgent requests that pass a waiting one.")
+    tenants: dict[str, TenantSettings] = Field({}, description="Quotas by tenant; `*` is everybody not named.")
     rescue_after_seconds: PositiveSeconds = Field(
         30.0, description="How long a queue may hold messages and have no live worker before they move on."
     )
     heartbeat_seconds: PositiveSeconds = Field(2.0, description="How often a worker announces itself.")
     result_expires_seconds: Positive = Field(3600, description="How long a result can be read.")
     max_payload_bytes: Positive = Field(4 * 1024 * 1024, description="Largest request accepted.")
+    max_result_bytes: Positive = Field(16 * 1024 * 1024, description="Largest answer kept; a larger one is an error.")
+    signing_key: SecretStr | None = Field(
+        None, description="Sign messages and run signed ones only: keys, separated by commas; the first one signs."
+    )
     dead_letter_capacity: Positive = Field(10_000, description="Most dead letters kept; the oldest go.")
     connect_timeout_seconds: PositiveSeconds = Field(1.0, description="Longest wait for a connection to the broker.")
     socket_timeout_seconds: PositiveSeconds = Field(5.0, description="Longest wait for the broker's answer.")
+    remote_control: bool = Field(
+        True, description="Obey Celery's remote control (inspect, revoke, shutdown) and whoever may publish to it."
+    )
     on_outage: OnOutage = Field(
         "raise",
         description="What submitting does while the broker is away: raise an error, wait for it, or spool to a file.",
@@ -400,6 +442,13 @@ class FleetSettings(Section):
     spool_path: str = Field(".muai/spool.db", description="The spool: requests that wait for the broker's return.")
     spool_max_bytes: Positive = Field(256 * 1024 * 1024, description="Most bytes of requests in the spool.")
     send_events: bool = Field(True, description="Publish Celery's task events (Flower, celery-exporter).")
+
+    @field_validator("signing_key")
+    @classmethod
+    def _keys_are_long(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and any(len(key.strip()) < SHORTEST_KEY for key in value.get_secret_value().split(",")):
+            raise ValueError(f"each signing key needs {SHORTEST_KEY} characters or more: openssl rand -hex 32")
+        return value
 
     @property
     def silent_after_seconds(self) -> float:
@@ -414,6 +463,12 @@ class Settings(Section):
     monitoring: MonitoringSettings = MonitoringSettings()
     models: ModelsSettings = ModelsSettings()
     fleet: FleetSettings = FleetSettings()
+
+    @property
+    def queue_capacity(self) -> int:
+        """Most requests that may wait on an engine's queue."""
+        server = self.monitoring.server
+        return server.queue_capacity if "queue_capacity" in server.model_fields_set else self.fleet.queue_capacity
 
     @model_validator(mode="after")
     def _preloaded_models_are_declared(self) -> Self:

@@ -2,72 +2,94 @@
 
 Any Celery app can write and read these. What our own client adds travels in one header, ``muai``::
 
-    {"v": 1, "sent": seconds since the epoch, "reply": stream, "hops": [...], "deliveries": int}
+    {"v": 1, "sent": seconds since the epoch, "reply": stream, "hops": [...], "deliveries": int, "signature": hex}
 """
 
 from __future__ import annotations
 
+import binascii
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import orjson
 
 from shared import keys
-from shared.contract import CONTRACT_VERSION, TASK_NAME, InferenceRequest
+from shared.contract import CONTRACT_VERSION, TASK_NAME, InferenceRequest, nested_deeper
 from shared.errors import PayloadTooLarge, UndecodableMessage
 
 HEADER = "muai"
+
+MAX_HEADER_BYTES = 64 * 1024
+"""Most that a message may hold beside its body."""
+
+ESCAPED = 3
+"""How much longer a body can be inside an envelope: a quote becomes two bytes, a letter of two bytes six."""
+
+MAX_HEADER_DEPTH = 16
+LONGEST_ID = 128
+LONGEST_ERROR = 4096
+"""Characters of an error's text that are kept."""
+
+Sign = Callable[[Mapping[str, Any], str], dict[str, Any]]
+"""Makes our own header with a signature in it, of a message's headers and body."""
+
 _ORIGIN = f"muai{os.getpid()}@{socket.gethostname()}"
 _EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
 
 def encode_request(
-    request: InferenceRequest, queue: str, *, sent: float, reply: str | None = None, max_bytes: int | None = None
+    request: InferenceRequest,
+    queue: str,
+    *,
+    sent: float,
+    reply: str | None = None,
+    max_bytes: int | None = None,
+    sign: Sign | None = None,
 ) -> bytes:
     """One request as a message for ``queue``.
 
     Neither ``argsrepr`` nor ``kwargsrepr`` shows the inputs: those headers end up in events and logs.
-    Raises :class:`PayloadTooLarge` above ``max_bytes``.
+    ``sign`` puts a signature into our own header. Raises :class:`PayloadTooLarge` above ``max_bytes``.
     """
     header: dict[str, Any] = {"v": CONTRACT_VERSION, "sent": sent}
     if reply is not None:
         header["reply"] = reply
-    body = orjson.dumps([(), {"request": request.model_dump(mode="json", exclude_defaults=True)}, _EMBED])
-    if max_bytes is not None and len(body) > max_bytes:
-        raise PayloadTooLarge(
-            f"the request is {len(body)} bytes; at most {max_bytes} are accepted (fleet.max_payload_bytes)"
-        )
-    task_id = request.id
+    encoded = orjson.dumps([(), {"request": request.model_dump(mode="json", exclude_defaults=True)}, _EMBED])
+    check_size(len(encoded), max_bytes)
+    task_id, body = request.id, encoded.decode()
+    headers = {
+        "lang": "py",
+        "task": TASK_NAME,
+        "id": task_id,
+        "shadow": None,
+        "eta": None,
+        "expires": None,
+        "group": None,
+        "group_index": None,
+        "retries": 0,
+        "timelimit": (None, None),
+        "root_id": task_id,
+        "parent_id": None,
+        "argsrepr": "()",
+        "kwargsrepr": f"{{'request': <{request.kind.value} {request.model}>}}",
+        "origin": _ORIGIN,
+        "ignore_result": False,
+        "replaced_task_nesting": 0,
+        "stamped_headers": None,
+        "stamps": {},
+        HEADER: header,
+    }
+    if sign is not None:
+        headers[HEADER] = sign(headers, body)
     return orjson.dumps(
         {
-            "body": body.decode(),
+            "body": body,
             "content-encoding": "utf-8",
             "content-type": "application/json",
-            "headers": {
-                "lang": "py",
-                "task": TASK_NAME,
-                "id": task_id,
-                "shadow": None,
-                "eta": None,
-                "expires": None,
-                "group": None,
-                "group_index": None,
-                "retries": 0,
-                "timelimit": (None, None),
-                "root_id": task_id,
-                "parent_id": None,
-                "argsrepr": "()",
-                "kwargsrepr": f"{{'request': <{request.kind.value} {request.model}>}}",
-                "origin": _ORIGIN,
-                "ignore_result": False,
-                "replaced_task_nesting": 0,
-                "stamped_headers": None,
-                "stamps": {},
-                HEADER: header,
-            },
+            "headers": headers,
             "properties": {
                 "correlation_id": task_id,
                 "reply_to": "",
@@ -81,9 +103,10 @@ def encode_request(
     )
 
 
-def now_iso() -> str:
-    """The time as Celery writes it into results: ISO 8601, UTC."""
-    return datetime.now(UTC).isoformat()
+def check_size(size: int, most: int | None) -> None:
+    """Raise :class:`PayloadTooLarge` for a request of ``size`` bytes where that is above ``most``."""
+    if most is not None and size > most:
+        raise PayloadTooLarge(f"the request is {size} bytes; at most {most} are accepted (fleet.max_payload_bytes)")
 
 
 def dumps(value: Any) -> bytes:
@@ -102,16 +125,60 @@ def loads_object(payload: bytes | str) -> dict[str, Any]:
     return value
 
 
-def decode_envelope(payload: bytes) -> dict[str, Any]:
-    """The envelope of a message; raise :class:`UndecodableMessage` where it is not one."""
+def decode_envelope(payload: bytes, max_bytes: int | None = None) -> dict[str, Any]:
+    """The envelope of a message, its body as text; raise :class:`UndecodableMessage` where it is not one.
+
+    Nothing is decompressed and nothing but JSON is read. What a sender says of its arguments for logs and events (up
+    to 1,024 characters of them) is taken out. With ``max_bytes``, the most that a body may be, a message that must be
+    larger is refused unread with :class:`PayloadTooLarge`.
+    """
+    if max_bytes is not None and len(payload) > ESCAPED * max_bytes + MAX_HEADER_BYTES:
+        check_size(len(payload), max_bytes)
     envelope = loads_object(payload)
-    if not isinstance(envelope.get("properties"), dict) or not isinstance(envelope.get("headers"), dict):
+    headers, properties = envelope.get("headers"), envelope.get("properties")
+    if not isinstance(properties, dict) or not isinstance(headers, dict):
         raise UndecodableMessage("the message has no headers or no properties: it was not written by Celery")
     if envelope.get("content-type") != "application/json":
         raise UndecodableMessage(
-            f"the message's content type is {envelope.get('content-type')!r}; only application/json is accepted"
+            f"the message's content type is {_shown(envelope.get('content-type'))}; only application/json is accepted"
         )
+    if headers.get("compression"):
+        raise UndecodableMessage("the message is compressed; compressed messages are not accepted")
+    for name in ("id", "task"):
+        if headers.get(name) and not usable_id(headers[name]):
+            raise UndecodableMessage(f"the message's {name} is not a text of at most {LONGEST_ID} printable characters")
+    if nested_deeper([headers, properties], MAX_HEADER_DEPTH):
+        raise UndecodableMessage(f"the message's headers are nested more than {MAX_HEADER_DEPTH} deep")
+    body = _body(envelope.get("body"), properties.get("body_encoding"))
+    if len(payload) > MAX_HEADER_BYTES and len(payload) > ESCAPED * len(body.encode()) + MAX_HEADER_BYTES:
+        raise UndecodableMessage(f"the message's headers are more than {MAX_HEADER_BYTES} bytes")
+    for name, nothing in (("argsrepr", "()"), ("kwargsrepr", "{}")):
+        if name in headers:
+            headers[name] = nothing
+    envelope["body"], properties["body_encoding"] = body, None
     return envelope
+
+
+def usable_id(value: object) -> str:
+    """An id that may be part of a key and stand in a log; empty where ``value`` is none."""
+    return value if isinstance(value, str) and len(value) <= LONGEST_ID and value.isprintable() else ""
+
+
+def _body(body: object, encoding: object) -> str:
+    if not isinstance(body, str):
+        raise UndecodableMessage("the message's body is not text")
+    if not encoding:
+        return body
+    if encoding != "base64":
+        raise UndecodableMessage(f"the message's body encoding is {_shown(encoding)}; only base64 is known")
+    try:
+        return binascii.a2b_base64(body, strict_mode=True).decode()
+    except ValueError:
+        raise UndecodableMessage("the message's body is not base64 of UTF-8 text") from None
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:80] if isinstance(value, str | None) else f"a {type(value).__name__}"
 
 
 def amended(envelope: Mapping[str, Any], *, header: Mapping[str, Any] | None = None, **headers: Any) -> bytes:
@@ -138,20 +205,19 @@ def reply_of(headers: Mapping[str, Any]) -> str:
 
 def success_meta(
     task_id: str,
-    result: Mapping[str, Any],
+    result: bytes,
     *,
-    done: str,
     extra: Mapping[str, Any] | None = None,
     children: Sequence[Any] = (),
 ) -> bytes:
-    """Celery's result record of a success. ``done`` is an ISO 8601 time."""
+    """Celery's result record of a success that happened now. ``result`` is JSON."""
     return orjson.dumps(
         {
             "status": "SUCCESS",
-            "result": result,
+            "result": orjson.Fragment(result),
             "traceback": None,
             "children": children,
-            "date_done": done,
+            "date_done": datetime.now(UTC),
             "task_id": task_id,
             **(extra or {}),
         }
@@ -159,20 +225,20 @@ def success_meta(
 
 
 def failure_meta(
-    task_id: str, error: BaseException, *, done: str, status: str = "FAILURE", extra: Mapping[str, Any] | None = None
+    task_id: str, error: BaseException, *, status: str = "FAILURE", extra: Mapping[str, Any] | None = None
 ) -> bytes:
-    """Celery's result record of a failure, a retry or a revocation, as its JSON serializer writes exceptions."""
+    """Celery's result record of a failure, a retry or a revocation now, as its JSON serializer writes exceptions."""
     return orjson.dumps(
         {
             "status": status,
             "result": {
                 "exc_type": type(error).__name__,
-                "exc_message": [str(error)],
+                "exc_message": [str(error)[:LONGEST_ERROR]],
                 "exc_module": type(error).__module__,
             },
             "traceback": None,
             "children": [],
-            "date_done": done,
+            "date_done": datetime.now(UTC),
             "task_id": task_id,
             **(extra or {}),
         }

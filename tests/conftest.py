@@ -85,7 +85,7 @@ class FleetUnderTest:
         return {**kept, "REDIS_URL": self.url, "MUAI_CONFIG": str(self.config), "OMP_NUM_THREADS": "1"}
 
     def start_worker(
-        self, queues: str = "fake", *, wait: bool = True, environ: dict[str, str] | None = None
+        self, queues: str = "fake", *, wait: bool = True, environ: dict[str, str] | None = None, level: str = "info"
     ) -> subprocess.Popen[bytes]:
         """Start ``celery -A workers worker -Q <queues>`` and wait until it lives."""
         number = len(self.processes)
@@ -100,7 +100,7 @@ class FleetUnderTest:
             "-Q",
             queues,
             "-l",
-            "info",
+            level,
             "-n",
             f"w{number}@%h",
         ]

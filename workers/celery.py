@@ -13,6 +13,7 @@ from shared import keys
 from shared.contract import TASK_NAME, EngineName
 from shared.errors import FleetError
 from shared.settings import Settings
+from shared.tls import plain_url, tls_options
 from workers.control import watch
 from workers.fleet import Fleet
 from workers.steps import EngineStep, IntakeStep
@@ -49,16 +50,19 @@ class FleetApp(Celery):
 def create_app(settings: Settings) -> FleetApp:
     """Build the app for these settings. Nothing connects yet."""
     fleet = Fleet(settings)
+    url, tls = plain_url(settings.fleet.redis_url), tls_options(settings.fleet) or None
     app = FleetApp("muai", set_as_current=False)
     app.fleet = fleet
     app.conf.update(
-        broker_url=settings.fleet.redis_url,
+        broker_url=url,
+        broker_use_ssl=tls,
         broker_transport=TRANSPORT,
         broker_transport_options=fleet.transport_options(),
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_channel_error_retry=True,  # a full broker refuses commands: wait for room rather than exit
-        result_backend=settings.fleet.redis_url,
+        result_backend=url,
+        redis_backend_use_ssl=tls,
         result_backend_transport_options={"retry_policy": {"max_retries": 1}},  # the loop waits for it
         result_expires=settings.fleet.result_expires_seconds,
         redis_socket_timeout=settings.fleet.socket_timeout_seconds,
@@ -80,7 +84,7 @@ def create_app(settings: Settings) -> FleetApp:
         worker_concurrency=1,
         worker_prefetch_multiplier=1,
         worker_send_task_events=settings.fleet.send_events,
-        worker_enable_remote_control=True,
+        worker_enable_remote_control=settings.fleet.remote_control,
         worker_cancel_long_running_tasks_on_connection_loss=False,
         worker_enable_prefetch_count_reduction=False,
         worker_hijack_root_logger=True,

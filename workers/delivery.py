@@ -7,27 +7,25 @@ is no longer ours. So a request gets exactly one terminal record wherever a proc
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import redis
 
 from shared import keys
 from shared.broker import lua
+from shared.contract import DEFAULT_TENANT
 from shared.settings import FleetSettings
-
-logger = logging.getLogger(__name__)
 
 SAME = "="
 """In an outcome: the list or the message as it was claimed."""
 
 SWEEP_LIMIT = 100
 
-RETRY_SECONDS = 1.0
-"""When leases are renewed again after the broker did not answer."""
+LEFT_OUT_SECONDS = 0.02
+"""After how long a tenant that had its share of what is in flight is looked at again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +40,13 @@ class Claimed:
 class Claim:
     """What a claim brought.
 
-    ``now`` is the broker's clock in seconds, ``waiting`` what is left on the queue, ``cancelled`` how many
-    cancellations the broker remembers.
+    ``now`` is the broker's clock in seconds, ``waiting`` is 0 where nothing is left that may be claimed, ``left_out``
+    how many tenants have their share of what is in flight, ``cancelled`` how many cancellations are remembered.
     """
 
     now: float
     waiting: int
+    left_out: int
     cancelled: int
     messages: list[Claimed]
 
@@ -86,6 +85,14 @@ class Outcome:
         )
 
 
+class Verdict(StrEnum):
+    """Whether a message may run, must wait for another of the same id, or is of a request that has its answer."""
+
+    RUN = "run"
+    WAIT = "wait"
+    DONE = "done"
+
+
 @dataclass(frozen=True, slots=True)
 class Swept:
     """An expired lease that this process took over. ``list_name`` is where its message came from."""
@@ -101,19 +108,35 @@ class Delivery:
     def __init__(self, client: redis.Redis, fleet: FleetSettings) -> None:
         self._fleet = fleet
         self._lease_ms = int(fleet.lease_seconds * 1000)
-        self._settle_keys = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.DEAD_LETTERS]
+        self._settle_keys = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.DEAD_LETTERS, keys.IN_FLIGHT]
+        self._claim_keys: dict[str, list[str]] = {}
         self._client = client
+        self.quotas = ""
         self._claim = client.register_script(lua("workers", "claim"))
+        self._begin = client.register_script(lua("workers", "begin"))
         self._settle = client.register_script(lua("workers", "settle"))
-        self._renew = client.register_script(lua("workers", "renew"))
         self._sweep = client.register_script(lua("workers", "sweep"))
+
+    def share_out(self, places: int) -> None:
+        """Reckon what each tenant may have in flight of this many places in the fleet."""
+        rules = {
+            "" if tenant == DEFAULT_TENANT else tenant: (
+                rule.weight, 0 if rule.in_flight_share is None else max(1, int(rule.in_flight_share * places)),
+            )
+            for tenant, rule in self._fleet.tenants.items()
+        }  # fmt: skip
+        self.quotas = json.dumps(rules) if rules else ""
 
     def claim(self, queue: str, limit: int) -> Claim:
         """Lease up to ``limit`` messages of ``queue``, the most urgent and oldest first."""
-        leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER, keys.CANCELLED]
-        rows = self._claim(keys=leases + keys.lists_of(queue), args=[limit, self._lease_ms])
-        messages = [Claimed(lease.decode(), payload) for lease, payload in zip(rows[3::2], rows[4::2], strict=True)]
-        return Claim(rows[0] / 1000, rows[1], rows[2], messages)
+        names = self._claim_keys.get(queue)
+        if names is None:
+            leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER, keys.CANCELLED]
+            names = [*leases, keys.queue_state(queue), keys.IN_FLIGHT, *keys.lists_of(queue)]
+            self._claim_keys[queue] = names
+        rows = self._claim(keys=names, args=[limit, self._lease_ms, self._fleet.starvation_limit, self.quotas])
+        messages = [Claimed(lease.decode(), payload) for lease, payload in zip(rows[4::2], rows[5::2], strict=True)]
+        return Claim(rows[0] / 1000, rows[1], rows[2], rows[3], messages)
 
     def settle(self, outcomes: Sequence[Outcome]) -> list[bool]:
         """Write outcomes; ``False`` where the lease was no longer ours and nothing was written."""
@@ -129,22 +152,21 @@ class Delivery:
         written = self._settle(keys=self._settle_keys, args=args)
         return [flag == 1 for flag in written]
 
+    def begin(self, messages: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """Whether messages, each a lease and a request id, may run: for those that others than our client have sent."""
+        if not messages:
+            return []
+        args: list[str | int] = [self._fleet.result_expires_seconds]
+        for message in messages:
+            args.extend(message)
+        return [Verdict(word.decode()) for word in self._begin(keys=[keys.LEASE_INDEX], args=args)]
+
     def cancelled_among(self, request_ids: Sequence[str]) -> set[str]:
         """Which of these requests were cancelled."""
         if not request_ids:
             return set()
         scores = self._client.zmscore(keys.CANCELLED, [keys.result_key(request_id) for request_id in request_ids])
         return {request_id for request_id, score in zip(request_ids, scores, strict=True) if score is not None}
-
-    def renew(self, leases: Iterable[tuple[str, float | None]]) -> list[str]:
-        """Keep leases, each no longer than its time (seconds since the epoch); return those that are lost."""
-        args: list[str | int] = [self._lease_ms]
-        for lease, last in leases:
-            args.append(lease)
-            args.append(0 if last is None else int(last * 1000))
-        if len(args) == 1:
-            return []
-        return [lease.decode() for lease in self._renew(keys=[keys.LEASE_INDEX], args=args)]
 
     def sweep(self) -> tuple[float | None, list[Swept]]:
         """Take over expired leases and put due delayed messages back.
@@ -158,59 +180,3 @@ class Delivery:
             name, _, payload = stored.partition(b"\n")
             taken.append(Swept(lease.decode(), name.decode(), payload))
         return (None if rows[0] < 0 else rows[0] / 1000), taken
-
-
-class LeaseKeeper:
-    """Keeps the leases of this process alive from a thread of its own.
-
-    A lease is kept past its deadline by ``grace`` seconds only: then whoever sweeps tells its caller.
-    """
-
-    def __init__(self, delivery: Delivery, fleet: FleetSettings) -> None:
-        self._delivery = delivery
-        self._interval = fleet.lease_seconds / 3
-        self._held: dict[str, float | None] = {}
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def hold(self, lease: str, deadline: float | None = None) -> None:
-        """Keep ``lease`` until it is released, but not past ``deadline`` (seconds since the epoch)."""
-        with self._lock:
-            self._held[lease] = deadline
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="lease-keeper", daemon=True)
-                self._thread.start()
-
-    def release(self, leases: Iterable[str]) -> None:
-        """Stop keeping these leases."""
-        with self._lock:
-            for lease in leases:
-                self._held.pop(lease, None)
-
-    def close(self) -> None:
-        """Stop the thread. Leases that are still held will expire."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=1)
-
-    def _run(self) -> None:
-        pause = self._interval
-        while not self._stop.wait(pause):
-            with self._lock:
-                held = list(self._held.items())
-            started = time.monotonic()
-            try:
-                lost = self._delivery.renew(held)
-            except (redis.RedisError, OSError) as error:
-                logger.warning("cannot keep %d leases: %s", len(held), error)
-                pause = min(self._interval, RETRY_SECONDS)
-                continue
-            pause = self._interval
-            took = time.monotonic() - started
-            if took > self._interval:
-                logger.warning("keeping %d leases took %.1f s: the broker is slow", len(held), took)
-            with self._lock:
-                really_lost = [lease for lease in lost if self._held.pop(lease, False) is not False]
-            if really_lost:
-                logger.warning("%d leases were lost to another worker", len(really_lost))

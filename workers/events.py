@@ -7,6 +7,7 @@ signal without receivers costs nothing. No inputs and no outputs are in any of t
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 from celery import Celery, signals
@@ -14,19 +15,29 @@ from celery.app.events import Events
 from celery.app.task import Context, Task
 from celery.events.dispatcher import EventDispatcher
 from celery.exceptions import Retry
+from celery.utils.time import utcoffset
 from celery.worker import state
+from kombu.serialization import register
 
+from shared import wire
 from shared.contract import TASK_NAME
 from shared.errors import FleetError
 from workers.inflight import InFlight
 
 logger = logging.getLogger(__name__)
 
-FLUSH_SECONDS = 0.01
+FLUSH_SECONDS = 0.05
 """Events are published together this long after the first of them: one message for what would be a round trip each."""
 
 BUFFER_LIMIT = 2048
 """Events after which they are published at once."""
+
+GROUP = "task"
+
+SERIALIZER = "muai-json"
+"""JSON to whoever reads it, by a faster encoder: with Celery's own, events were a quarter of a worker's cost."""
+
+register(SERIALIZER, wire.dumps, None, content_type="application/json", content_encoding="utf-8")
 
 
 class Dispatcher(EventDispatcher):
@@ -49,6 +60,8 @@ class TaskObserver:
     def __init__(self, app: Celery) -> None:
         self._app = app
         self._dispatcher: Any = None
+        self._waiting: list[dict[str, Any]] = []
+        self._common: dict[str, Any] = {}
         self.consumer: Any = None
         self._flush_due = False
 
@@ -63,9 +76,10 @@ class TaskObserver:
         self.consumer = consumer
         self._dispatcher = dispatcher = consumer.event_dispatcher
         self._flush_due = False
-        if dispatcher is not None and consumer.hub is not None:
-            dispatcher.buffer_limit = BUFFER_LIMIT
-            dispatcher.on_send_buffered = self._flush_later
+        if dispatcher is not None:
+            dispatcher.serializer = SERIALIZER
+            self._waiting = dispatcher._group_buffer[GROUP]
+            self._common = {"hostname": dispatcher.hostname, "pid": dispatcher.pid, "utcoffset": utcoffset()}
 
     def flush(self) -> None:
         """Publish the events that wait."""
@@ -73,15 +87,20 @@ class TaskObserver:
         if due and self._dispatcher is not None:
             self._dispatcher.flush()
 
-    def _flush_later(self) -> None:
-        if not self._flush_due:
+    def _send(self, event: str, item: InFlight, **fields: Any) -> None:
+        """Do what the dispatcher's ``send`` does, without asking for each event what is the same for all."""
+        dispatcher = self._dispatcher
+        if dispatcher is None or not dispatcher.enabled or (dispatcher.groups and GROUP not in dispatcher.groups):
+            return
+        clock = dispatcher.clock.forward()
+        self._waiting.append(
+            {**self._common, "type": event, "timestamp": time.time(), "clock": clock, "uuid": item.id, **fields}
+        )
+        if len(self._waiting) >= BUFFER_LIMIT:
+            self.flush()
+        elif not self._flush_due:
             self._flush_due = True
             self.consumer.hub.call_later(FLUSH_SECONDS, self.flush)
-
-    def _send(self, event: str, item: InFlight, **fields: Any) -> None:
-        dispatcher = self._dispatcher
-        if dispatcher is not None and dispatcher.enabled:
-            dispatcher.send(event, uuid=item.id, **fields)
 
     def received(self, item: InFlight) -> None:
         """A request was claimed and accepted."""

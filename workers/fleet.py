@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import platform
@@ -23,12 +24,14 @@ from shared.findings import Grade
 from shared.masking import masked_url
 from shared.registry import EngineInfo, WorkerInfo, WorkerRegistry
 from shared.settings import Settings
+from shared.signing import Signer
 from workers.canvas import Canvas
-from workers.delivery import Delivery, LeaseKeeper
+from workers.delivery import Delivery
 from workers.devices.devices import Devices
 from workers.engines import engine_class
 from workers.events import TaskObserver
 from workers.intake import BROKER_ERRORS, TEND_SECONDS, Intake, Services
+from workers.leases import LeaseKeeper
 from workers.models import ModelManager
 from workers.parity import ParityGate
 from workers.rescue import Rescuer
@@ -65,7 +68,7 @@ class Fleet:
         self.worker_id = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self.client: redis.Redis = connect(settings.fleet)
         self.delivery = Delivery(self.client, settings.fleet)
-        self.leases = LeaseKeeper(self.delivery, settings.fleet)
+        self.leases = LeaseKeeper(settings.fleet)
         self.registry = WorkerRegistry(self.client, settings.fleet.silent_after_seconds)
         self.devices = Devices(settings, self.client, self.worker_id)
         self.sweeper = Sweeper(self.delivery, settings.fleet.max_deliveries)
@@ -89,7 +92,9 @@ class Fleet:
         """What the transport needs of us, and time limits on its connections."""
         fleet = self.settings.fleet
         return {
-            "services": TransportServices(self.delivery, self.leases, self.intakes),
+            "services": TransportServices(
+                self.delivery, self.leases, self.intakes, Signer(fleet.signing_key), fleet.max_payload_bytes
+            ),
             "socket_timeout": min(fleet.socket_timeout_seconds, EVENT_TIMEOUT_SECONDS),
             "socket_connect_timeout": fleet.connect_timeout_seconds,
             "socket_keepalive": True,
@@ -111,11 +116,12 @@ class Fleet:
         if absent := [name.value for name in named if name not in engines]:
             app.amqp.queues.deselect(absent)
         self._queues = tuple(app.amqp.queues.consume_from)
+        self.leases.start()
         self.devices.take(engines, check=state.maybe_shutdown)
         self.observer = TaskObserver(app)
         services = Services(
             self.settings, self.delivery, self.leases, self.observer, Canvas(app), self.worker_id, self.live_workers,
-            self.refresh, self.announce_now,
+            self.refresh, self.announce_now, self.tend,
         )  # fmt: skip
         for name in engines:
             self._add(name, services)
@@ -126,6 +132,11 @@ class Fleet:
             while not runner.loaded.wait(LOAD_POLL_SECONDS):
                 state.maybe_shutdown()
         self.devices.start(self.fail)
+        self.leases.wait()
+        # What is loaded by now stays. Each full collection would look at all of it again, and hold every thread up for
+        # as long as that takes.
+        gc.collect()
+        gc.freeze()
 
     def _installed(self, engines: Sequence[EngineName]) -> list[EngineName]:
         """Those of the engines whose libraries are here."""
@@ -236,6 +247,7 @@ class Fleet:
                 self.registry.announce(self.describe())
                 self._check_broker()
                 self.refresh()
+                self.delivery.share_out(sum(info.max_batch_size for w in self._live for info in w.engines))
                 self.rescuer.look(time.monotonic())
             except (redis.RedisError, OSError) as error:
                 logger.warning("cannot announce this worker: %s", error)
@@ -244,6 +256,13 @@ class Fleet:
             self.registry.leave(self.worker_id)
         except (redis.RedisError, OSError) as error:
             logger.warning("cannot leave the registry: %s", error)
+
+    def tend(self) -> None:
+        """Show that the loop lives, and drop what other workers have taken over. Called by the loop, often."""
+        lost = self.leases.tend()
+        if lost:
+            for intake in self.intakes.values():
+                intake.forget(lost)
 
     # -- stop -------------------------------------------------------------------------------------------------------
 
@@ -297,6 +316,7 @@ class Fleet:
                 through = [intake.wind_up(hurry=late) for intake in self.intakes.values()]
                 if now - tended >= TEND_SECONDS:
                     tended = now
+                    self.tend()
                     for intake in self.intakes.values():
                         intake.tend()
                 if late or all(through):

@@ -10,8 +10,14 @@ import orjson
 from pydantic import ValidationError
 
 from shared import wire
-from shared.contract import TASK_NAME, Hop, InferenceRequest
+from shared.contract import DEFAULT_TENANT, LATEST, TASK_NAME, Hop, InferenceRequest
 from shared.errors import BadRequest, UndecodableMessage
+
+HANDLED = frozenset({"v", "hops", "deliveries"})
+"""Of what is in our header: our client writes the first, the sweeper and engines that fail the others."""
+
+LONGEST_NAMES = 200
+"""Characters that are shown of names that a sender chose."""
 
 
 class InFlight:
@@ -27,6 +33,7 @@ class InFlight:
         "attempts",
         "body",
         "claimed",
+        "deliveries",
         "embed",
         "ended",
         "eventer",
@@ -51,7 +58,7 @@ class InFlight:
         queue: str,
         headers: Mapping[str, Any],
         properties: Mapping[str, Any],
-        body: str | bytes,
+        body: str,
         claimed: float,
     ) -> None:
         self.lease = lease
@@ -69,11 +76,13 @@ class InFlight:
         self.embed: dict[str, Any] | None = None
         self.request: InferenceRequest | None = None
         own = wire.own_header(headers)
-        self.id = str(headers.get("id") or properties.get("correlation_id") or lease)
+        self.id = wire.usable_id(headers.get("id")) or wire.usable_id(properties.get("correlation_id")) or lease
         self.reply = wire.reply_of(headers)
         sent = own.get("sent")
         self.sent = float(sent) if isinstance(sent, int | float) and 0 < sent <= claimed else claimed
         self.hops = _hops(own.get("hops"))
+        deliveries = own.get("deliveries")
+        self.deliveries = deliveries if isinstance(deliveries, int) else 0  # workers that were lost over it
         priority = properties.get("priority")
         self.priority = priority if isinstance(priority, int) else 0
 
@@ -96,13 +105,23 @@ class InFlight:
             data, args = args[0], []
         if not isinstance(data, dict):
             raise BadRequest(f"{TASK_NAME} needs the keyword argument request, an object")
-        unknown = sorted(set(kwargs) - {"request"})
+        unknown = kwargs.keys() - {"request"}
         if unknown:
-            raise BadRequest(f"{TASK_NAME} takes no argument named {', '.join(unknown)}")
+            raise BadRequest(f"{TASK_NAME} takes no argument named {', '.join(sorted(unknown))[:LONGEST_NAMES]}")
         data = {**data, "id": data.get("id") or self.id}
         if args:
             data["inputs"] = inputs_from_previous(data.get("inputs"), args[0])
         return InferenceRequest.parse(data)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether others than our own client have sent it, and no worker has handled it yet."""
+        return not (HANDLED & wire.own_header(self.headers).keys())
+
+    @property
+    def tenant(self) -> str:
+        """Whose request it is."""
+        return self.request.tenant if self.request is not None else DEFAULT_TENANT
 
     @property
     def eta(self) -> float | None:
@@ -131,7 +150,7 @@ class InFlight:
     def envelope(self, queue: str) -> dict[str, Any]:
         """The message again, addressed to ``queue``."""
         return {
-            "body": self.body if isinstance(self.body, str) else self.body.decode(),
+            "body": self.body,
             "content-encoding": "utf-8",
             "content-type": "application/json",
             "headers": dict(self.headers),
@@ -212,10 +231,14 @@ def _hops(value: object) -> list[Hop]:
 def _timestamp(value: object) -> float | None:
     if value is None:
         return None
-    if isinstance(value, int | float):
-        return float(value)
     try:
-        when = datetime.fromisoformat(str(value))
-    except ValueError:
+        if isinstance(value, int | float):
+            seconds = float(value)
+        else:
+            when = datetime.fromisoformat(str(value))
+            seconds = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
         raise BadRequest("eta and expires must be ISO 8601 times") from None
-    return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+    if abs(seconds) > LATEST:
+        raise BadRequest("eta and expires must be before the year 10000")
+    return seconds

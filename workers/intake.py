@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from traceback import format_tb
 from typing import Any
 
 import redis
@@ -23,23 +24,24 @@ from vine import promise
 from shared import wire
 from shared.contract import EngineName, InferenceRequest
 from shared.errors import (
+    AnswerTooLarge,
     Cancelled,
     DeadlineExceeded,
     EngineError,
     FleetError,
-    PayloadTooLarge,
     UndecodableMessage,
 )
 from shared.registry import WorkerInfo
 from shared.settings import Settings
 from workers import outcome
-from workers.batcher import Batch, Batcher, BatchLimits
+from workers.batcher import Batch, Batcher, BatchLimits, FlushReason
 from workers.canvas import Canvas
-from workers.delivery import Claim, Delivery, LeaseKeeper, Outcome
+from workers.delivery import LEFT_OUT_SECONDS, Claim, Delivery, Outcome, Verdict
 from workers.engines.base import EngineOutput
 from workers.events import TaskObserver
 from workers.fallback import Fallback, FallbackDecision
 from workers.inflight import InFlight
+from workers.leases import LeaseKeeper
 from workers.results import result_of
 from workers.runner import BatchDone, EngineRunner, Event, Finished
 from workers.sizes import TokenEstimator
@@ -57,6 +59,11 @@ AHEAD_SHARE = 0.25
 
 SETTLE_CHUNK = 256
 
+SAME_ID_SECONDS = 1.0
+"""How long a message waits while another of the same id is under way."""
+ALONE = "alone"
+"""Key of a batch whose one member runs by itself."""
+
 
 @dataclass(frozen=True, slots=True)
 class Services:
@@ -71,6 +78,7 @@ class Services:
     live_workers: Callable[[], list[WorkerInfo]]
     refresh: Callable[[], None]
     announce: Callable[[], None]
+    tend: Callable[[], None]
 
 
 Ending = Callable[[], None]
@@ -84,6 +92,7 @@ BROKER_ERRORS = (redis.RedisError, OperationalError, OSError)
 class _Ended:
     """An outcome to write, what must be done before it is, and what follows."""
 
+    item: InFlight
     outcome: Outcome
     ending: Ending
     before: Ending | None = None
@@ -106,6 +115,8 @@ class Intake:
         self._batcher: Batcher[InFlight] = Batcher(self._limits)
         self._running: dict[str, Batch[InFlight]] = {}
         self._resting: set[InFlight] = set()
+        self._foreign: list[InFlight] = []
+        self._alone: InFlight | None = None  # waits for the end of what runs, or runs by itself
         self._reports: deque[Event] = deque()
         self._done: deque[BatchDone] = deque()
         self._outbox: list[_Ended] = []
@@ -129,7 +140,7 @@ class Intake:
 
     def room(self) -> int:
         """How many more requests could start soon: nothing is claimed that another worker could run earlier."""
-        if not self.accepting or not self._runner.loaded.is_set():
+        if not self.accepting or not self._runner.loaded.is_set() or self._alone is not None:
             return 0
         if self._runner.continuous:
             return self._slots - len(self._running) - len(self._batcher)
@@ -149,9 +160,7 @@ class Intake:
     def receive(self, message: Any) -> None:
         """Take one claimed message over from kombu: from here on only its lease counts."""
         message.channel.qos.take(message.delivery_tag)
-        body = message.body
-        if message.headers.get("compression"):
-            body = wire.dumps(message.payload)
+        body = message.body if isinstance(message.body, str) else message.body.decode()
         item = InFlight(message.delivery_tag, self.queue, message.headers, message.properties, body, time.time())
         self._services.leases.hold(item.lease)
         self._unfinished += 1
@@ -161,16 +170,12 @@ class Intake:
             self._end(item, outcome.failed(item, error, dead_reason=str(error)), lambda: None)
         except FleetError as error:
             self._fail(item, error)
-        except Exception as error:  # the boundary: no message may stop the loop that takes all the others
-            logger.exception("request %s could not be taken in", item.id)
+        except Exception as error:  # noqa: BLE001  # the boundary: no message may stop the loop that takes all the others
+            logger.error("request %s could not be taken in: %s\n%s", item.id, type(error).__name__, _frames(error))
             self._fail(item, FleetError(f"the request could not be taken in: {type(error).__name__}"))
 
     def _admit(self, item: InFlight) -> None:
-        largest = self._services.settings.fleet.max_payload_bytes
-        if len(item.body) > largest:
-            raise PayloadTooLarge(
-                f"the request is {len(item.body)} bytes; at most {largest} are accepted (fleet.max_payload_bytes)"
-            )
+        wire.check_size(len(item.body.encode()), self._services.settings.fleet.max_payload_bytes)
         eta = item.eta
         if eta is not None and eta > item.claimed:
             self._end(item, outcome.delayed(item.lease, eta), lambda: None)
@@ -187,18 +192,46 @@ class Intake:
         if last_moment is not None:
             self._services.leases.hold(item.lease, last_moment)
         item.tokens = self._sizes.tokens(request)
-        self._wait(item, request, item.claimed)
+        if item.foreign:
+            self._foreign.append(item)
+        else:
+            self._wait(item, request, item.claimed)
 
     def _wait(self, item: InFlight, request: InferenceRequest, now: float) -> None:
-        key = (request.model, self._runner.models.engine.compatibility(request), self._sizes.bucket(request))
+        key: Hashable = self._key(request)
+        if 0 < item.deliveries >= self._services.settings.fleet.max_deliveries - 1:
+            # The last try of what may be what its workers died of is made alone: it takes nobody along.
+            key = ALONE
+            if self._alone is None:
+                self._alone = item
+                return
         self._batcher.add(item, key, item.tokens, now)
+
+    def _key(self, request: InferenceRequest) -> Hashable:
+        """Requests with the same key may share a batch."""
+        return request.model, self._runner.models.engine.compatibility(request), self._sizes.bucket(request)
 
     def claimed(self, claim: Claim) -> None:
         """All messages of a claim were received."""
+        self._begin_foreign()
+        if claim.left_out and self._hub is not None:
+            self._hub.call_later(LEFT_OUT_SECONDS, lambda: None)  # the loop claims when it wakes
         if claim.cancelled and len(self._batcher):
             self._drop_cancelled()
         self._flush()
         self.pump()
+
+    def _begin_foreign(self) -> None:
+        """Other senders may use an id twice: such a message waits for the other one, and ends with its answer."""
+        verdicts = self._services.delivery.begin([(item.lease, item.id) for item in self._foreign])
+        foreign, self._foreign = self._foreign, []
+        for item, verdict in zip(foreign, verdicts, strict=True):
+            if verdict is Verdict.RUN and item.request is not None:
+                self._wait(item, item.request, item.claimed)
+                continue
+            due = item.claimed + SAME_ID_SECONDS
+            ended = Outcome(item.lease) if verdict is Verdict.DONE else outcome.delayed(item.lease, due)
+            self._end(item, ended, partial(self._services.observer.given_back, item))
 
     def _drop_cancelled(self) -> None:
         waiting = [item.id for item in self._batcher]
@@ -208,7 +241,7 @@ class Intake:
 
     def tend(self) -> None:
         """End what runs and is not wanted any longer, and let the engine know."""
-        running = [item for batch in self._running.values() for item in batch.items if not item.ended]
+        running = self._open()
         if not running:
             return
         gone = self._services.delivery.cancelled_among([item.id for item in running])
@@ -221,11 +254,36 @@ class Intake:
             self._runner.abort(item)
         self._flush()
 
+    def forget(self, leases: Collection[str]) -> None:
+        """Drop requests that other workers have taken over: what runs is ended, and nothing is answered."""
+        rested = {item for item in self._resting if item.lease in leases}
+        self._resting -= rested
+        waited = self._batcher.remove(lambda item: item.lease in leases)
+        waited += [item for item in self._foreign if item.lease in leases]
+        self._foreign = [item for item in self._foreign if item.lease not in leases]
+        running = [item for item in self._open() if item.lease in leases]
+        for item in running:
+            self._runner.abort(item)
+        if self._alone is not None and self._alone.lease in leases and self._alone.lease not in self._running:
+            waited.append(self._alone)
+            self._alone = None
+        for item in rested.union(waited, running):  # one that is to run again may be among what runs as well
+            item.ended = True
+            self._unfinished -= 1
+            self._services.observer.given_back(item)
+
+    def _open(self) -> list[InFlight]:
+        """What was handed to the engine and has no outcome yet."""
+        return [item for batch in self._running.values() for item in batch.items if not item.ended]
+
     # -- batch ------------------------------------------------------------------------------------------------------
 
     def pump(self) -> None:
         """Start what is due, where the engine has room; otherwise come back when something is."""
         now = time.time()
+        if self._alone is not None:
+            self._pump_alone(self._alone, now)
+            return
         if len(self._running) < self._slots and len(self._batcher):
             for item in self._batcher.remove(lambda item: self._is_unwanted(item, now)):
                 self._unwanted(item, now)
@@ -236,6 +294,15 @@ class Intake:
         if due is not None and due < self._timer_at and self._hub is not None:
             self._timer_at = due
             self._hub.call_later(max(0.0, due - now), self._on_timer)
+
+    def _pump_alone(self, item: InFlight, now: float) -> None:
+        """Start it once nothing else is in this worker's hands."""
+        self._put_back(self._batcher.drain())
+        if not self._running and self._unwanted(item, now):
+            self._alone = None
+        self._flush()  # before it starts: nothing of what was put back is to be lost with this worker
+        if not self._running and self._alone is not None:
+            self._start(Batch(ALONE, [item], item.tokens, FlushReason.SIZE, now - item.claimed), now)
 
     def _on_timer(self) -> None:
         self._timer_at = float("inf")
@@ -272,7 +339,11 @@ class Intake:
         me = self._services.worker_id
         if not any(self.queue in worker.queues for worker in self._services.live_workers() if worker.id != me):
             return
-        for item in reversed(self._batcher.drain()):
+        self._put_back(self._batcher.drain())
+
+    def _put_back(self, items: Sequence[InFlight]) -> None:
+        """Return these to the front of the queue, in the order in which they came."""
+        for item in reversed(items):
             self._end(item, Outcome.give_back(item.lease), partial(self._services.observer.given_back, item))
 
     # -- run and settle ---------------------------------------------------------------------------------------------
@@ -289,6 +360,7 @@ class Intake:
     def drain(self) -> None:
         """Write the outcomes of what the engine reported, and start the next batch."""
         # A free engine first gets its next batch; then the outcomes of the last one are written.
+        self._begin_foreign()
         self._take_done()
         if len(self._running) < self._slots:
             self.pump()
@@ -299,7 +371,10 @@ class Intake:
         while self._done:
             done = self._done.popleft()
             del self._running[done.batch.items[0].lease]
-            self._batcher.finished(done.batch.key, len(done.batch.items), done.seconds)
+            if done.batch.key == ALONE:
+                self._alone = None
+            else:
+                self._batcher.finished(done.batch.key, len(done.batch.items), done.seconds)
 
     def _take_reports(self) -> None:
         while self._reports:
@@ -333,9 +408,14 @@ class Intake:
             raise ConnectionError(str(error)) from error
         except BROKER_ERRORS:
             raise
-        except Exception as error:  # the boundary: an answer or a canvas that cannot be written is its own failure
-            logger.exception("the outcome of request %s cannot be written", item.id)
-            self._fail(item, EngineError(f"the {self.engine} engine's answer cannot be written: {error}"))
+        except Exception as error:  # noqa: BLE001  # the boundary: what cannot be written is its own request's failure
+            # Its text may quote what the engine was given or has answered.
+            logger.error(
+                "the outcome of request %s cannot be written: %s\n%s", item.id, type(error).__name__, _frames(error)
+            )
+            self._fail(
+                item, EngineError(f"the {self.engine} engine's answer cannot be written: {type(error).__name__}")
+            )
 
     def _try_again(self, item: InFlight, error: FleetError) -> bool:
         """Let a request that met a passing error run again here after a pause; ``False`` where it has had enough."""
@@ -363,11 +443,16 @@ class Intake:
         if item.request is not None:
             self._sizes.learn(item.request, output.usage.prompt_tokens)
         result = result_of(done, output, self.engine, self._services.worker_id, now)
+        encoded, most = wire.dumps(result), self._services.settings.fleet.max_result_bytes
+        if len(encoded) > most:
+            raise AnswerTooLarge(
+                f"the answer is {len(encoded)} bytes; at most {most} are kept (fleet.max_result_bytes): ask for less"
+            )
         children = self._services.canvas.succeeded(item, result)
         observer = self._services.observer
         self._end(
             item,
-            outcome.succeeded(item, result, children),
+            outcome.succeeded(item, encoded, children),
             lambda: observer.succeeded(item, result, now - item.started),
         )
 
@@ -402,8 +487,15 @@ class Intake:
         return (
             item.id in state.revoked
             or (expires is not None and now >= expires)
-            or (item.request is not None and item.request.expired(now))
+            or (item.request is not None and item.request.expired(now + self._at_least(item)))
         )
+
+    def _at_least(self, item: InFlight) -> float:
+        """How many seconds a request that waits will take to run, going by the quickest of its like."""
+        request = item.request
+        if request is None or request.deadline is None or item.started:
+            return 0.0
+        return self._batcher.least_duration(self._key(request))
 
     def _unwanted(self, item: InFlight, now: float) -> bool:
         """End a request nobody wants any longer; ``False`` where it is still wanted."""
@@ -414,6 +506,8 @@ class Intake:
             self._revoke(item, Cancelled("the task expired before it was started"), expired=True)
         elif item.request is not None and item.request.expired(now):
             self._fail(item, self._late(item, item.request))
+        elif item.request is not None and item.request.expired(now + (takes := self._at_least(item))):
+            self._fail(item, DeadlineExceeded(f"the deadline cannot be met: such requests take {takes:.3f} s or more"))
         else:
             return False
         return True
@@ -433,7 +527,7 @@ class Intake:
 
     def _end(self, item: InFlight, ended: Outcome, ending: Ending, before: Ending | None = None) -> None:
         item.ended = True
-        self._outbox.append(_Ended(ended, ending, before))
+        self._outbox.append(_Ended(item, ended, ending, before))
 
     def _flush(self) -> None:
         """Write every outcome that waits. Where the broker fails they stay, and are written when it is back."""
@@ -441,12 +535,15 @@ class Intake:
             chunk = self._outbox[:SETTLE_CHUNK]
             for ended in chunk:
                 self._prepare(ended)
-            self._services.delivery.settle([ended.outcome for ended in chunk])
+            written = self._services.delivery.settle([ended.outcome for ended in chunk])
             del self._outbox[: len(chunk)]
             self._services.leases.release([ended.outcome.lease for ended in chunk])
             self._unfinished -= len(chunk)
-            for ended in chunk:
-                ended.ending()
+            for ended, stands in zip(chunk, written, strict=True):
+                if stands:
+                    ended.ending()
+                else:  # another worker has it, or it had its answer before
+                    self._services.observer.given_back(ended.item)
 
     def _prepare(self, ended: _Ended) -> None:
         """Do what comes before an outcome, once; where the broker fails it is tried again when it is back."""
@@ -477,11 +574,14 @@ class Intake:
         self.accepting = False
         self._take_done()
         self._take_reports()
-        back = [*self._batcher.drain(), *self._resting]
+        back = [*self._foreign, *self._batcher.drain(), *self._resting]
+        self._foreign.clear()
         self._resting.clear()
-        running = [item for batch in self._running.values() for item in batch.items if not item.ended] if hurry else []
-        for item in reversed([*running, *back]):
-            self._end(item, Outcome.give_back(item.lease), partial(self._services.observer.given_back, item))
+        if self._alone is not None and self._alone.lease not in self._running:
+            back.append(self._alone)
+            self._alone = None
+        running = self._open() if hurry else []
+        self._put_back([*running, *back])
         for item in running:
             self._runner.abort(item)
         if running:
@@ -493,6 +593,10 @@ class Intake:
     def busy(self) -> bool:
         """Whether the engine has not come back with what it was given."""
         return bool(self._running)
+
+
+def _frames(error: BaseException) -> str:
+    return "".join(format_tb(error.__traceback__))
 
 
 def limits_of(settings: Settings) -> BatchLimits:

@@ -5,7 +5,6 @@ Nothing here talks to the broker; :class:`workers.delivery.Delivery` writes what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from shared import keys, wire
@@ -14,22 +13,25 @@ from shared.errors import FleetError
 from workers.delivery import Outcome
 from workers.inflight import InFlight
 
+MOST_RETRIES = 2**31
+"""A sender that says more has not counted."""
 
-def succeeded(item: InFlight, result: Mapping[str, Any], children: list[Any] | None = None) -> Outcome:
-    """The request was answered."""
-    record = wire.success_meta(item.id, result, done=wire.now_iso(), extra=item.record_extra(), children=children or ())
+
+def succeeded(item: InFlight, result: bytes, children: list[Any] | None = None) -> Outcome:
+    """The request was answered; ``result`` is JSON."""
+    record = wire.success_meta(item.id, result, extra=item.record_extra(), children=children or ())
     return Outcome(item.lease, result_key=_result_key(item), record=record, reply=item.reply)
 
 
 def failed(item: InFlight, error: FleetError, *, dead_reason: str = "") -> Outcome:
     """The request failed for good; with ``dead_reason`` its message is kept among the dead letters."""
-    record = wire.failure_meta(item.id, error, done=wire.now_iso(), extra=item.record_extra())
+    record = wire.failure_meta(item.id, error, extra=item.record_extra())
     return Outcome(item.lease, result_key=_result_key(item), record=record, reply=item.reply, dead_reason=dead_reason)
 
 
 def revoked(item: InFlight, error: BaseException) -> Outcome:
     """The request was cancelled, or its ``expires`` passed."""
-    record = wire.failure_meta(item.id, error, status="REVOKED", done=wire.now_iso(), extra=item.record_extra())
+    record = wire.failure_meta(item.id, error, status="REVOKED", extra=item.record_extra())
     return Outcome(item.lease, result_key=_result_key(item), record=record, reply=item.reply)
 
 
@@ -47,16 +49,17 @@ def hopped(
         hops.append(hop.model_dump(mode="json", exclude_defaults=True))
     queue = keys.queue_of(engine)
     header = {"hops": hops, "sent": item.sent}
-    retries = int(item.headers.get("retries") or 0) + (1 if error is not None else 0)
+    before = item.headers.get("retries")
+    retries = (before if isinstance(before, int) and 0 <= before < MOST_RETRIES else 0) + (error is not None)
     message = wire.amended(item.envelope(queue), header=header, retries=retries)
     record: bytes | str = ""
     if error is not None:
-        record = wire.failure_meta(item.id, error, status="RETRY", done=wire.now_iso(), extra=item.record_extra())
+        record = wire.failure_meta(item.id, error, status="RETRY", extra=item.record_extra())
     return Outcome(
         item.lease,
         result_key=_result_key(item) if record else "",
         record=record,
-        push_list=keys.list_of(queue, item.priority),
+        push_list=keys.list_of(queue, item.priority, item.tenant),
         push_message=message,
         push_front=True,
     )

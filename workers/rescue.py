@@ -1,4 +1,4 @@
-"""What waits on a queue that no live worker serves moves on to the next engine that can serve it."""
+"""What waits on a queue that no live worker serves moves on to the next engine that can serve it, or fails."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 
 from shared import keys, wire
 from shared.contract import EngineName
-from shared.errors import DeadlineExceeded, EngineOutage, FleetError, NoEngineAvailable, UndecodableMessage
+from shared.errors import BadRequest, DeadlineExceeded, EngineOutage, FleetError
 from shared.registry import WorkerInfo
 from shared.settings import Settings
 from workers import outcome
-from workers.delivery import SAME, Claimed, Delivery, Outcome
+from workers.delivery import Claimed, Delivery, Outcome
 from workers.fallback import Fallback
 from workers.inflight import InFlight
 
@@ -21,9 +21,6 @@ logger = logging.getLogger(__name__)
 AT_ONCE = 256
 MOST = 4096
 """Messages that one look moves."""
-
-LEFT_ALONE_SECONDS = 10.0
-"""How long a queue whose messages nobody can serve is left as it is."""
 
 
 class Rescuer:
@@ -38,6 +35,7 @@ class Rescuer:
     ) -> None:
         self._delivery = delivery
         self._after = settings.fleet.rescue_after_seconds
+        self._max_bytes = settings.fleet.max_payload_bytes
         self._live_workers = live_workers
         self._due: dict[EngineName, float] = {}
         self._fallbacks = {
@@ -54,23 +52,17 @@ class Rescuer:
             if keys.queue_of(engine) in served:
                 self._due.pop(engine, None)
             elif now >= self._due.setdefault(engine, now + self._after):
-                moved += self._move(engine, now)
+                moved += self._move(engine)
         return moved
 
-    def _move(self, engine: EngineName, now: float) -> int:
-        moved = stuck = 0
-        while moved + stuck < MOST:
+    def _move(self, engine: EngineName) -> int:
+        moved = 0
+        while moved < MOST:
             claim = self._delivery.claim(keys.queue_of(engine), AT_ONCE)
             if not claim.messages:
                 break
-            outcomes = [self.judge(engine, message, claim.now) for message in claim.messages]
-            self._delivery.settle(outcomes)
-            left = sum(ended.push_message == SAME for ended in outcomes)
-            moved += len(outcomes) - left
-            stuck += left
-            if left:
-                self._due[engine] = now + LEFT_ALONE_SECONDS
-                break
+            self._delivery.settle([self.judge(engine, message, claim.now) for message in claim.messages])
+            moved += len(claim.messages)
         if moved:
             logger.warning("no live worker serves %s: %d requests of its queue were dealt with", engine, moved)
         return moved
@@ -78,26 +70,24 @@ class Rescuer:
     def judge(self, engine: EngineName, message: Claimed, now: float) -> Outcome:
         """Where one message goes. ``now`` is in seconds since the epoch."""
         try:
-            envelope = wire.decode_envelope(message.payload)
+            envelope = wire.decode_envelope(message.payload, self._max_bytes)
             item = InFlight(
                 message.lease, keys.queue_of(engine), envelope["headers"], envelope["properties"], envelope["body"], now
             )
             args, kwargs, item.embed = item.decode()
-        except UndecodableMessage as error:
+        except BadRequest as error:
             return Outcome(message.lease, dead_reason=str(error))
-        if item.eta is not None and item.eta > now:
-            return outcome.delayed(item.lease, item.eta)
         gone = EngineOutage(f"no live worker serves the {engine} queue")
         try:
+            if item.eta is not None and item.eta > now:
+                return outcome.delayed(item.lease, item.eta)
             item.request = request = item.validated(args, kwargs)
             if request.expired(now):
                 raise DeadlineExceeded(f"the request's deadline passed ({gone})")
             decision = self._fallbacks[engine].elsewhere(request, item.hops)
-        except NoEngineAvailable:
-            return Outcome.give_back(item.lease)
+            if decision.engine is None:
+                due = min(now + decision.pause, item.last_moment() or float("inf"))
+                return outcome.delayed(item.lease, due)
         except FleetError as error:
             return outcome.failed(item, error)
-        if decision.engine is None:
-            due = min(now + decision.pause, item.last_moment() or float("inf"))
-            return outcome.delayed(item.lease, due)
         return outcome.hopped(item, decision.engine, gone, engine, time.time())

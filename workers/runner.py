@@ -20,6 +20,7 @@ from shared.contract import InferenceRequest
 from shared.errors import BadRequest, EngineError, EngineOutOfMemory, FleetError
 from workers.batcher import Batch
 from workers.engines.base import ContinuousModel, EngineOutput
+from workers.engines.quotes import discreet, told, traceback_of
 from workers.inflight import InFlight
 from workers.models import ModelManager
 
@@ -142,12 +143,13 @@ class EngineRunner(ABC):
         self._report(ModelsChanged())
         self._inbox.put(_Signal.LOOK)
 
-    def _wrapped(self, error: Exception) -> FleetError:
-        """An engine's exception as an error of ours."""
+    def _wrapped(self, error: Exception, items: Sequence[InFlight]) -> FleetError:
+        """An engine's exception as an error of ours, which does not quote what the engine was given."""
+        requests = _requests(items)
         if isinstance(error, FleetError):
-            return error
-        logger.error("the %s engine failed", self.models.engine.name, exc_info=error)
-        return EngineError(f"{self.models.engine.name}: {type(error).__name__}: {error}")
+            return discreet(error, requests)
+        logger.error("the %s engine failed\n%s", self.models.engine.name, traceback_of(error, requests))
+        return EngineError(f"{self.models.engine.name}: {told(error, requests)}")
 
 
 class BatchRunner(EngineRunner):
@@ -167,7 +169,7 @@ class BatchRunner(EngineRunner):
             item = open_members.pop(index, None)
             if item is None:
                 raise EngineError(f"member {index} of {len(items)} was answered twice, or is not there")
-            self._finish(item, outcome, batch_size, started)
+            self._finish(item, _discreet(outcome, item), batch_size, started)
 
         error: FleetError
         try:
@@ -177,7 +179,7 @@ class BatchRunner(EngineRunner):
                 return
             error = EngineError(f"the {self.models.engine.name} engine left {len(open_members)} members unanswered")
         except Exception as raised:  # noqa: BLE001  # the boundary: whatever an engine raises is an outcome
-            error = self._wrapped(raised)
+            error = self._wrapped(raised, items)
         left = list(open_members.values())
         if (len(left) == 1 and len(items) == 1) or error.outage or not error.hops:
             for item in left:
@@ -207,7 +209,7 @@ class ContinuousRunner(EngineRunner):
 
         def done(outcome: Result) -> None:
             self._running.discard(item)
-            self._finish(item, outcome, size, started)
+            self._finish(item, _discreet(outcome, item), size, started)
             self._report(BatchDone(batch, time.perf_counter() - started))
 
         try:
@@ -216,7 +218,11 @@ class ContinuousRunner(EngineRunner):
                 raise BadRequest("the request cannot join what runs")
             model.submit(request, done)
         except Exception as raised:  # noqa: BLE001  # likewise
-            done(self._wrapped(raised))
+            done(self._wrapped(raised, [item]))
+
+
+def _discreet(outcome: Result, item: InFlight) -> Result:
+    return discreet(outcome, _requests([item])) if isinstance(outcome, FleetError) else outcome
 
 
 def _model_of(item: InFlight) -> str:

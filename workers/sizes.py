@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from shared.contract import InferenceRequest
@@ -29,8 +30,7 @@ class TokenEstimator:
 
     def bucket(self, request: InferenceRequest) -> int:
         """Which of the length buckets the prompt falls into."""
-        prompt = self._prompt(request)
-        return sum(1 for edge in self._buckets if prompt > edge)
+        return bisect_left(self._buckets, self._prompt(request))
 
     def started(self, tokens: int) -> None:
         """A request of this size was started."""

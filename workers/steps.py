@@ -12,10 +12,13 @@ from celery import bootsteps
 from celery.app.task import Task
 from celery.exceptions import CPendingDeprecationWarning, WorkerShutdown
 from celery.worker.consumer import Consumer
-from celery.worker.strategy import default as default_strategy
 
-from shared.errors import ConfigurationError, FleetError
+from shared.contract import TASK_NAME, EngineName
+from shared.errors import BadRequest, ConfigurationError, FleetError, UndecodableMessage
+from workers import outcome
 from workers.fleet import Fleet
+from workers.inflight import LONGEST_NAMES, InFlight
+from workers.intake import TEND_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,40 @@ class FleetConsumer(Consumer):
     def __init__(self, *args: Any, worker_options: dict[str, Any] | None = None, **kwargs: Any) -> None:
         options = {**(worker_options or {}), "without_mingle": True, "without_gossip": True}
         super().__init__(*args, worker_options=options, **kwargs)
+
+    # Celery's own reports of what it cannot run show the message with its body.
+
+    def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
+        """A task that this worker does not have: its sender is told, and it is kept among the dead letters."""
+        name = repr(message.headers.get("task"))[:LONGEST_NAMES]
+        self.refuse(message, BadRequest(f"there is no task {name} here; there is {TASK_NAME}"))
+
+    def on_unknown_message(self, body: Any, message: Any) -> None:
+        """A message that is no task."""
+        self.refuse(message, UndecodableMessage("the message names no task"))
+
+    def on_invalid_task(self, body: Any, message: Any, exc: Exception) -> None:
+        """A task of this worker's whose message Celery cannot take."""
+        self.refuse(message, UndecodableMessage(f"the message is not one of a task ({type(exc).__name__})"))
+
+    def on_decode_error(self, message: Any, exc: Exception) -> None:
+        """What is not JSON, or not what it says it is. A command of remote control is passed over."""
+        if message.delivery_info.get("exchange") == "":
+            self.refuse(message, UndecodableMessage("the message names no task, and its body is not JSON"))
+            return
+        logger.error("a command of type %.100r is passed over: %s", message.content_type, type(exc).__name__)
+        message.ack()
+
+    def refuse(self, message: Any, error: FleetError) -> None:
+        """Give a message up: its sender is told, and it is kept among the dead letters."""
+        fleet, queue = fleet_of(self.app), str(message.delivery_info.get("routing_key"))
+        logger.error("a message on %s went to the dead letters: %s", queue, error)
+        item = InFlight(message.delivery_tag, queue, message.headers, message.properties, "", time.time())
+        message.channel.qos.take(item.lease)
+        fleet.leases.release([item.lease])
+        fleet.delivery.settle([outcome.failed(item, error, dead_reason=str(error))])
+        if self.event_dispatcher:
+            self.event_dispatcher.send("task-failed", uuid=item.id, exception=repr(error), traceback="")
 
     def ensure_connected(self, conn: Any) -> Any:
         """Connect, trying again until the broker is there; a worker that is to stop stops trying."""
@@ -95,6 +132,8 @@ class IntakeStep(bootsteps.StartStopStep):
     def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
         """The loop is about to run: settle what was left over, then sweep every few seconds."""
         fleet = fleet_of(consumer.app)
+        fleet.tend()
+        hub.call_repeatedly(TEND_SECONDS, fleet.tend)
         for intake in fleet.intakes.values():
             intake.attach(hub)
         interval = fleet.settings.fleet.sweep_seconds
@@ -108,16 +147,17 @@ class IntakeStep(bootsteps.StartStopStep):
         hub.call_soon(sweep)
 
 
-def strategy(task: Task, app: Any, consumer: Any, **kwargs: Any) -> Any:
+def strategy(task: Task, app: Any, consumer: Any, **kwargs: Any) -> Any:  # noqa: ARG001  # Celery's signature
     """Celery's hook for what happens to a received message: it goes to the intake of its queue."""
     intakes = fleet_of(app).intakes
-    ordinary = default_strategy(task, app, consumer, **kwargs)
 
-    def receive(message: Any, payload: Any, ack: Any, reject: Any, callbacks: Any, **options: Any) -> None:
+    def receive(message: Any, *_: Any, **__: Any) -> None:
         intake = intakes.get(message.delivery_info["routing_key"])
         if intake is not None:
             intake.receive(message)
-        else:  # not an engine's queue: the task itself says so to its caller
-            ordinary(message, payload, ack, reject, callbacks, **options)
+        else:  # not an engine's queue
+            consumer.refuse(
+                message, BadRequest(f"{TASK_NAME} runs on the queues of the engines only: {', '.join(EngineName)}")
+            )
 
     return receive

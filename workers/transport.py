@@ -13,6 +13,8 @@ its sleep takes nothing with it.
 from __future__ import annotations
 
 import logging
+import re
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Protocol
@@ -21,12 +23,16 @@ from kombu.transport import redis as kombu_redis
 from redis.exceptions import OutOfMemoryError, ReadOnlyError
 
 from shared import keys, wire
-from shared.errors import UndecodableMessage
-from workers.delivery import Claim, Claimed, Delivery, LeaseKeeper, Outcome
+from shared.errors import BadRequest, PayloadTooLarge, UndecodableMessage
+from shared.signing import Signer
+from workers.delivery import LEFT_OUT_SECONDS, Claim, Claimed, Delivery, Outcome
+from workers.leases import LeaseKeeper
 
 logger = logging.getLogger(__name__)
 
 PREFETCH_UNLIMITED = 64
+
+_CORRELATION = re.compile(rb'"correlation_id": ?"([^"\\]{1,128})"')
 
 
 class Intake(Protocol):
@@ -51,11 +57,15 @@ class Services(dict[str, Any]):
     Remote control shows these options as JSON; there this is an empty object.
     """
 
-    def __init__(self, delivery: Delivery, leases: LeaseKeeper, intakes: Mapping[str, Intake]) -> None:
+    def __init__(
+        self, delivery: Delivery, leases: LeaseKeeper, intakes: Mapping[str, Intake], signer: Signer, max_bytes: int
+    ) -> None:
         super().__init__()
         self.delivery = delivery
         self.leases = leases
         self.intakes = intakes
+        self.signer = signer
+        self.max_bytes = max_bytes
 
 
 class LeaseQoS(kombu_redis.virtual.QoS):
@@ -84,9 +94,11 @@ class LeaseQoS(kombu_redis.virtual.QoS):
             self._end(Outcome(delivery_tag, dead_reason="rejected: no task of this name, or refused by it"))
 
     def _end(self, outcome: Outcome) -> None:
-        self.channel.delivery.settle([outcome])
-        self.channel.leases.release([outcome.lease])
-        self._quick_ack(outcome.lease)
+        try:
+            self.channel.delivery.settle([outcome])
+        finally:  # where the broker did not take it, the lease lapses: what is not acknowledged runs again
+            self.channel.leases.release([outcome.lease])
+            self._quick_ack(outcome.lease)
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
         """Give everything back that is still open, when the channel closes."""
@@ -119,6 +131,7 @@ class Channel(kombu_redis.Channel):
         self.unanswered = 0
         self._armed_for: set[str] = set()
         self._backlog: dict[str, int] = {}
+        self._look_at: dict[str, float] = {}
         self._unacknowledged: set[str] = set()
         super().__init__(*args, **kwargs)
         self.delivery = self.services.delivery
@@ -131,7 +144,7 @@ class Channel(kombu_redis.Channel):
         """The connection that waits; connected and tracking."""
         if self.waiter.connection is None:
             pool = self.async_pool
-            # The client library's own health check would take an answer that is on its way for that to its question.
+            # Its health is checked by the question that it is asked: a PING would meet the answer to another.
             options = {**pool.connection_kwargs, "protocol": 3, "health_check_interval": 0}
             self.waiter.connection = pool.connection_class(**options)
         connection = self.waiter.connection
@@ -155,7 +168,8 @@ class Channel(kombu_redis.Channel):
         if empty:
             self._armed_for |= empty
             self.unanswered += 1
-            connection.send_command("EXISTS", *(name for queue in sorted(empty) for name in keys.lists_of(queue)))
+            names = (name for queue in sorted(empty) for name in (*keys.lists_of(queue), *keys.lanes_of(queue)))
+            connection.send_command("EXISTS", *names)
 
     def _brpop_read(self, **options: Any) -> bool:
         """Something came on the waiting connection: the answer to the question, or the news of a change."""
@@ -201,6 +215,10 @@ class Channel(kombu_redis.Channel):
                 continue
             claim = self.delivery.claim(queue, room)
             self._backlog[queue] = claim.waiting
+            if claim.left_out and not claim.waiting:
+                self._look_at[queue] = time.monotonic() + LEFT_OUT_SECONDS
+            else:
+                self._look_at.pop(queue, None)
             if queue in self._unacknowledged:
                 self.delivery.settle([Outcome(message.lease) for message in claim.messages])
             for message in claim.messages:
@@ -233,26 +251,64 @@ class Channel(kombu_redis.Channel):
     @property
     def backlog(self) -> bool:
         """Whether a queue with room is known to hold messages."""
-        return any(waiting and self.room(queue) > 0 for queue, waiting in self._backlog.items())
+        now = time.monotonic() if self._look_at else 0.0
+        due = (queue for queue, when in self._look_at.items() if now >= when)
+        return any(self.room(queue) > 0 for queue in (*due, *(q for q, waiting in self._backlog.items() if waiting)))
 
     def _hand_over(self, queue: str, message: Claimed) -> None:
-        try:
-            envelope = wire.decode_envelope(message.payload)
-            envelope["properties"]["delivery_tag"] = message.lease
+        envelope = self._read(queue, message)
+        if envelope is not None:
             envelope["properties"]["delivery_info"] = {"exchange": "", "routing_key": queue}
-        except UndecodableMessage as error:
+            self.connection._deliver(envelope, queue)
+
+    def _read(self, queue: str, message: Claimed) -> dict[str, Any] | None:
+        """The envelope of a claimed message; ``None`` where it is refused, which is settled here."""
+        try:
+            envelope = wire.decode_envelope(message.payload, self.services.max_bytes)
+            if queue not in self._unacknowledged:  # there are no tasks among the replies of remote control
+                self.services.signer.check(envelope)
+        except BadRequest as error:
             logger.error("a message on %s went to the dead letters: %s", queue, error)
             self.delivery.settle([refusal(message, error)])
-            return
-        self.connection._deliver(envelope, queue)
+            return None
+        envelope["properties"]["delivery_tag"] = message.lease
+        return envelope
+
+    def _put_fanout(self, exchange: str, message: dict[str, Any], routing_key: str, **options: Any) -> None:
+        """Publish to whoever listens. What worker and dispatcher say is JSON that needs nothing of kombu's encoder."""
+        with self.conn_or_acquire() as client:
+            for topic in self._get_publish_topics(exchange, routing_key):
+                client.publish(topic, wire.dumps(message))
 
     def _get(self, queue: str) -> dict[str, Any]:
         claim = self.delivery.claim(queue, 1)
-        if not claim.messages:
+        envelope = self._read(queue, claim.messages[0]) if claim.messages else None
+        if envelope is None:
             raise kombu_redis.Empty()
-        envelope = wire.decode_envelope(claim.messages[0].payload)
-        envelope["properties"]["delivery_tag"] = claim.messages[0].lease
         return envelope
+
+    # -- publishing and remote control ------------------------------------------------------------------------------
+
+    def prepare_message(
+        self,
+        body: str | bytes,
+        priority: int | None = None,
+        content_type: str | None = None,
+        content_encoding: str | None = None,
+        headers: dict[str, Any] | None = None,
+        properties: dict[str, Any] | None = None,
+    ) -> Any:
+        """Sign the tasks that this process publishes: the next steps of canvases, the schedule."""
+        if headers and "task" in headers and self.services.signer:
+            text = body if isinstance(body, str) else body.decode()
+            headers = {**headers, wire.HEADER: self.services.signer.sign(headers, text)}
+        return super().prepare_message(body, priority, content_type, content_encoding, headers, properties)
+
+    def message_to_python(self, raw_message: Any) -> Any:
+        """Commands and events, which are on no list, are not decompressed either."""
+        if not isinstance(raw_message, self.Message) and raw_message.get("headers"):
+            raw_message["headers"].pop("compression", None)
+        return super().message_to_python(raw_message)
 
     def close(self) -> None:
         """Close the waiting connection, then everything else."""
@@ -261,17 +317,21 @@ class Channel(kombu_redis.Channel):
         super().close()
 
 
-def refusal(message: Claimed, error: UndecodableMessage) -> Outcome:
+def refusal(message: Claimed, error: BadRequest) -> Outcome:
     """A message nobody can decode becomes a dead letter; its sender is told where the message still names one."""
     reason = str(error)
     headers: dict[str, Any] = {}
-    with suppress(UndecodableMessage):
-        found = wire.loads_object(message.payload).get("headers")
-        headers = found if isinstance(found, dict) else {}
-    task_id = headers.get("id")
-    if not isinstance(task_id, str) or not task_id:
+    if isinstance(error, PayloadTooLarge):  # it is not worth decoding; what names it is behind the body
+        found = _CORRELATION.search(message.payload, max(0, len(message.payload) - wire.MAX_HEADER_BYTES))
+        headers = {"id": found[1].decode(errors="replace")} if found else {}
+    else:
+        with suppress(UndecodableMessage):
+            named = wire.loads_object(message.payload).get("headers")
+            headers = named if isinstance(named, dict) else {}
+    task_id = wire.usable_id(headers.get("id"))
+    if not task_id:
         return Outcome(message.lease, dead_reason=reason)
-    record = wire.failure_meta(task_id, error, done=wire.now_iso())
+    record = wire.failure_meta(task_id, error)
     return Outcome(
         message.lease,
         result_key=keys.result_key(task_id),

@@ -5,14 +5,13 @@
 -- ARGV[1]  worker id
 -- ARGV[2]  what it announces, JSON; empty: the worker leaves
 -- ARGV[3]  ms of silence after which a worker is dropped
+redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 if ARGV[2] == '' then
   redis.call('ZREM', KEYS[1], ARGV[1])
   redis.call('HDEL', KEYS[2], ARGV[1])
 else
-  -- A broker that is out of memory lets a script write on once it has written something that takes none.
-  redis.call('PERSIST', KEYS[1])
   redis.call('ZADD', KEYS[1], now, ARGV[1])
   redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
 end

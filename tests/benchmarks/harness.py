@@ -8,11 +8,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+import redis
 import yaml
 
 from shared.embedded import EmbeddedBroker
@@ -34,12 +35,19 @@ def write_yaml(path: Path, data: dict[str, Any]) -> Path:
     return path
 
 
-@contextmanager
-def celery_worker(arguments: Sequence[str], environ: dict[str, str], log: Path) -> Iterator[psutil.Process]:
+def celery_worker(
+    arguments: Sequence[str], environ: dict[str, str], log: Path
+) -> AbstractContextManager[psutil.Process]:
     """A Celery worker process, stopped at the end."""
+    return module_process(["celery", *arguments], environ, log)
+
+
+@contextmanager
+def module_process(arguments: Sequence[str], environ: dict[str, str], log: Path) -> Iterator[psutil.Process]:
+    """``python -m`` with these arguments in a process of its own, stopped at the end."""
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "celery", *arguments], cwd=ROOT, env={**os.environ, **environ},
+            [sys.executable, "-m", *arguments], cwd=ROOT, env={**os.environ, **environ},
             stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
         )  # fmt: skip
     try:
@@ -69,6 +77,12 @@ def cpu_seconds(process: psutil.Process) -> float:
         times = member.cpu_times()
         total += times.user + times.system
     return total
+
+
+def broker_process(url: str) -> psutil.Process:
+    """The process of a broker on this machine."""
+    with redis.Redis.from_url(url) as client:
+        return psutil.Process(client.info("server")["process_id"])
 
 
 def median(values: Sequence[float]) -> float:

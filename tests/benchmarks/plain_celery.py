@@ -1,4 +1,4 @@
-"""Plain Celery doing what the fake engine does: the yardstick of the queue benchmark."""
+"""Plain Celery doing what the fake engine does: a yardstick of the queue benchmark."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 
 from celery import Celery
 
-from shared.contract import InferenceRequest
-from workers.engines.base import EngineOutput
-from workers.engines.fake import answer
+from tests.benchmarks.plain_answer import plain_answer
 
 url = os.environ["REDIS_URL"]
 app = Celery("plain", broker=url, backend=url)
@@ -18,15 +16,5 @@ app.conf.task_default_queue = "plain"
 
 @app.task(name="plain.infer")
 def infer(request: dict[str, Any]) -> dict[str, Any]:
-    """The fake answer, in a result of the same shape and size."""
-    output = answer(InferenceRequest.parse(request))
-    if not isinstance(output, EngineOutput):
-        raise output
-    return {
-        "outputs": output.outputs, "engine_used": "fake", "latency_ms": 0.0, "batch_size": 1, "cache_hit": False,
-        "metadata": {
-            "model": request["model"], "worker": "plain", "hops": [],
-            "timing": {"queued_ms": 0.0, "batched_ms": 0.0, "prefill_ms": 0.0, "decode_ms": 0.0, "engine_ms": 0.0},
-            "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
-        },
-    }  # fmt: skip
+    """The fake answer."""
+    return plain_answer(request)

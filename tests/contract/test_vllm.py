@@ -148,6 +148,22 @@ def test_equal_beginnings_are_read_once(llama) -> None:
     assert found.metadata["cached_tokens"] >= 32
 
 
+def test_a_tenants_prompts_are_found_by_nobody_else(llama) -> None:
+    """A prompt that one tenant asked is found again by the same one, and not by another or by one without a name."""
+    prompt = "something that only one of the tenants has asked " * 4
+
+    def cached(**tenant: str) -> int:
+        request = InferenceRequest.parse({**generate(prompt).model_dump(exclude={"id", "tenant"}), **tenant})
+        (found,) = run(llama, [request], 1)
+        return int(found.metadata.get("cached_tokens", 0))
+
+    assert cached(tenant="acme") == 0
+    assert cached(tenant="acme") >= 32
+    assert cached(tenant="other") == 0
+    assert cached() == 0
+    assert cached() >= 32
+
+
 def test_a_request_can_be_taken_out(llama) -> None:
     """Abort ends a running request as cancelled, and the others go on."""
     outcomes: dict[str, object] = {}

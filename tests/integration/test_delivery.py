@@ -134,8 +134,8 @@ def test_a_killed_workers_requests_are_run_by_another(make_fleet, redis_client: 
 
 
 def test_a_request_longer_than_its_lease_runs_once(make_fleet, redis_client: redis.Redis) -> None:
-    """The lease is renewed while a request runs: with two workers and a run of four leases it is run by one."""
-    fleet = make_fleet(fleet={"lease_seconds": 0.6, "sweep_seconds": 0.2}, optimization={"fake": {"latency_ms": 2500}})
+    """The lease is renewed while a request runs: with two workers and a run of ten leases it is run by one."""
+    fleet = make_fleet(fleet={"lease_seconds": 0.6, "sweep_seconds": 0.2}, optimization={"fake": {"latency_ms": 6100}})
     for _ in range(2):
         fleet.start_worker()
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import redis
 from kombu import Connection, Consumer, Queue
 
 from shared import keys
+from shared.embedded import EmbeddedBroker
 from tests.conftest import FleetUnderTest, eventually
 from tests.integration.test_submitting import ECHO
 from workers.celery import create_app
@@ -71,6 +75,48 @@ def test_ordinary_kombu_consumers_acknowledge_reject_and_requeue(
     assert redis_client.zcard(keys.LEASE_INDEX) == 0
     ((_, letter),) = redis_client.xrange(keys.DEAD_LETTERS)
     assert letter[b"list"] == b"plain"
+
+
+def test_asking_again_while_news_waits_to_be_read(make_fleet) -> None:
+    """A loop that stood still for long finds its connection as it left it."""
+    app = create_app(make_fleet().settings)
+    with app.connection_for_read() as connection:
+        channel = connection.default_channel
+        taken = []
+        consumer = Consumer(channel, [Queue("plain")], accept=["json"], on_message=taken.append)
+        consumer.consume()
+        channel.arm()
+        channel.wake_connection().next_health_check = 0.0  # as after health_check_interval seconds
+
+        channel.arm(again=True)
+
+        connection.Producer(serializer="json").publish({}, routing_key="plain", exchange="")
+        eventually(lambda: connection.drain_events(timeout=5) or taken, 20)
+        taken[0].ack()
+    app.fleet.close()
+
+
+def test_an_acknowledgement_that_fails_lets_the_lease_lapse(tmp_path: Path, make_fleet) -> None:
+    """What the broker did not take is not kept for ever: the message comes again once its lease has expired."""
+    taken = []
+    with EmbeddedBroker(tmp_path / "own") as own:
+        fleet = make_fleet()
+        fleet.url = own.url
+        app = create_app(fleet.settings)
+        with app.connection_for_read() as connection:
+            connection.Producer(serializer="json").publish({}, routing_key="plain", exchange="")
+            consumer = Consumer(connection, [Queue("plain")], accept=["json"], on_message=taken.append)
+            consumer.consume()
+            eventually(lambda: connection.drain_events(timeout=5) or taken, 20)
+            held = app.fleet.leases.table.read()
+            own.kill()
+
+            with pytest.raises(redis.ConnectionError):
+                taken[0].ack()
+
+            assert [lease for lease, _ in held] == [taken[0].delivery_tag]
+            assert app.fleet.leases.table.read() == []
+        app.fleet.close()
 
 
 def test_what_a_consumer_leaves_open_goes_back(fleet: FleetUnderTest, redis_client: redis.Redis) -> None:

@@ -18,7 +18,7 @@ from shared.settings_schema import Option, Schema, is_optional, keys_in, options
 pytestmark = pytest.mark.property
 EXAMPLES = hypothesis_settings(max_examples=150, deadline=None, derandomize=True)
 
-# Options whose validity depends on others are tested by example.
+# Options whose validity depends on others, or that are not shown, are tested by example.
 RELATED = {
     "optimization.batcher.min_batch_size",
     "optimization.batcher.max_batch_size",
@@ -30,6 +30,8 @@ RELATED = {
     "monitoring.anomaly.alert_destinations",
     "monitoring.server.preload_models",
     "models.catalog",
+    "fleet.tenants",
+    "fleet.signing_key",
 }
 INDEPENDENT = [option for option in options() if option.key not in RELATED]
 TEXTS = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import orjson
 import pytest
 from celery import Celery
@@ -84,3 +86,36 @@ def test_amended_changes_only_what_it_is_told() -> None:
     assert changed["headers"]["retries"] == 2
     changed["headers"] = envelope["headers"]
     assert changed == envelope
+
+
+def test_a_plain_celery_message_is_read_without_what_it_says_of_its_arguments() -> None:
+    """The body comes out of its base64; what would end up in logs and events is emptied."""
+    app = Celery("stock", broker="memory://", set_as_current=False)
+    with app.connection() as connection, connection.channel() as channel:
+        task = app.amqp.as_task_v2("one", "muai.infer", (), {"request": {"inputs": {"prompt": "secret words"}}})
+        envelope = channel.prepare_message(
+            orjson.dumps(task.body).decode(), content_type="application/json", content_encoding="utf-8",
+            headers=task.headers, properties=task.properties,
+        )  # fmt: skip
+        envelope["body"], envelope["properties"]["body_encoding"] = channel.encode_body(envelope["body"], "base64")
+    assert "secret words" in envelope["headers"]["kwargsrepr"]
+
+    read = wire.decode_envelope(orjson.dumps(envelope))
+
+    assert orjson.loads(read["body"])[1]["request"]["inputs"]["prompt"] == "secret words"
+    assert "secret words" not in str({**read, "body": ""})
+    assert read["properties"]["body_encoding"] is None
+
+
+def test_headers_are_bounded_whatever_the_body_is() -> None:
+    """A body that is escaped letter by letter is not mistaken for headers; headers that are too large are refused."""
+    envelope = orjson.loads(wire.encode_request(REQUEST, "onnx", sent=12.5))
+    for letter in ("\u00e9", "\u732b", '"'):
+        envelope["body"] = letter * 100_000
+        assert wire.decode_envelope(json.dumps(envelope).encode(), 300_000)["body"] == envelope["body"]
+
+    with pytest.raises(PayloadTooLarge, match="fleet.max_payload_bytes"):
+        wire.decode_envelope(orjson.dumps(envelope), 10_000)
+    envelope["headers"]["origin"] = "x" * 500_000
+    with pytest.raises(UndecodableMessage, match="headers are more than"):
+        wire.decode_envelope(orjson.dumps(envelope))

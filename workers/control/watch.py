@@ -33,9 +33,10 @@ def register(app: Celery, client: redis.Redis, registry: WorkerRegistry) -> None
             for engine in EngineName:
                 for name in keys.lists_of(keys.queue_of(engine)):
                     pipe.llen(name)
-            counts = pipe.execute()
-        steps = len(keys.PRIORITY_STEPS)
-        waiting = {engine: sum(counts[i * steps : (i + 1) * steps]) for i, engine in enumerate(EngineName)}
+                pipe.hget(keys.queue_state(keys.queue_of(engine)), "laned")
+            counts = [int(count or 0) for count in pipe.execute()]
+        each = len(keys.PRIORITY_STEPS) + 1
+        waiting = {engine: sum(counts[i * each : (i + 1) * each]) for i, engine in enumerate(EngineName)}
         found = stranded(waiting, registry.live())
         for engine, count in found.items():
             logger.warning(

@@ -23,6 +23,7 @@ from workers.engines.deepspeed_stage import Place, answering
 from workers.engines.deepspeed_wire import Arrays, Channel, error_to_json, output_to_json
 from workers.engines.embedding import embed
 from workers.engines.lengths import Floats, Padded
+from workers.engines.quotes import traceback_of
 from workers.engines.roles import WRITING, Role
 from workers.engines.sampling import Logits, Scores, Tokens
 from workers.engines.scoring import score
@@ -164,15 +165,17 @@ class Leader:
         while True:
             message, _ = self._worker.receive()
             self._batch = message["batch"]
+            requests: list[InferenceRequest] = []
             try:
                 if message["op"] == "warmup":
                     self._warmup()
                 else:
-                    self._infer([InferenceRequest.parse(data) for data in message["requests"]])
+                    requests = [InferenceRequest.parse(data) for data in message["requests"]]
+                    self._infer(requests)
             except FleetError as error:
                 self._say(failed=error_to_json(error))
-            except Exception as error:
-                logger.exception("a batch failed")
+            except Exception as error:  # noqa: BLE001  # the boundary: the worker is told whatever it was
+                logger.error("a batch failed\n%s", traceback_of(error, requests))
                 self._say(failed=error_to_json(error))
             else:
                 self._say(done=True)

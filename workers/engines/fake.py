@@ -1,7 +1,8 @@
 """A deterministic engine without a model: the tests' and benchmarks' stand-in on the queue path.
 
 The answer is a function of the request alone. A prompt that begins with one of these words misbehaves on purpose:
-``!bad`` is refused as the caller's error, ``!fail`` fails as the engine's, ``!crash`` raises for the whole batch;
+``!bad`` is refused as the caller's error, ``!fail`` fails as the engine's, ``!crash`` raises for the whole batch,
+``!quote`` too, with the prompt in its text;
 ``!busy`` meets a busy engine every time, ``!busy once`` the first time.
 """
 
@@ -35,8 +36,11 @@ class FakeModel(LoadedModel):
         if delay:
             time.sleep(delay / 1000)
         for request in requests:
-            if (request.inputs.prompt or "").startswith("!crash"):
+            text = _text(request)
+            if text.startswith("!crash"):
                 raise RuntimeError("the fake engine was told to crash")
+            if text.startswith("!quote"):
+                raise RuntimeError(f"the fake engine cannot run {text!r}")
         for index, request in enumerate(requests):
             if self._busy(request):
                 emit(index, EngineBusy("the fake engine was told to be busy"))
@@ -57,7 +61,7 @@ def answer(request: InferenceRequest) -> EngineOutput | BadRequest | EngineError
     inputs = request.inputs
     if inputs.texts is not None and request.kind not in (Kind.GENERATE, Kind.CHAT):
         return _of_texts(request, inputs.texts)
-    text = inputs.prompt if inputs.prompt is not None else (inputs.messages or ())[-1].content
+    text = _text(request)
     if text.startswith("!bad"):
         return BadRequest("the fake engine was told to refuse this request")
     if text.startswith("!fail"):
@@ -67,6 +71,13 @@ def answer(request: InferenceRequest) -> EngineOutput | BadRequest | EngineError
     if request.kind is Kind.CHAT:
         outputs["message"] = {"role": "assistant", "content": written}
     return EngineOutput(outputs, Usage(prompt_tokens=len(text), completion_tokens=len(written)))
+
+
+def _text(request: InferenceRequest) -> str:
+    inputs = request.inputs
+    if inputs.prompt is not None:
+        return inputs.prompt
+    return inputs.messages[-1].content if inputs.messages else ""
 
 
 def _of_texts(request: InferenceRequest, texts: Sequence[str]) -> EngineOutput:

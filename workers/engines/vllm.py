@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from shutil import rmtree
+from traceback import format_tb
 from typing import Any, ClassVar
 
 from shared.contract import EngineName, Feature, InferenceRequest, Kind, Usage
@@ -38,6 +39,7 @@ from shared.settings import ModelSpec, Settings
 from workers.engines.base import Availability, ContinuousModel, Done, Engine, EngineOutput
 from workers.engines.guard import Guard, children, families
 from workers.engines.roles import GENERATING
+from workers.engines.salt import cache_salt
 from workers.engines.text import TextCodec, first_line, require_path
 from workers.engines.vllm_options import POOLING, engine_arguments, on_cuda, prepare_environment, temporary_files_in
 
@@ -68,9 +70,12 @@ class EngineLoop:
 class VLLMModel(ContinuousModel):
     """A model in an engine core."""
 
-    def __init__(self, spec: ModelSpec, engine: Any, loop: EngineLoop, guard: Guard, notes: tuple[str, ...]) -> None:
+    def __init__(
+        self, spec: ModelSpec, settings: Settings, engine: Any, loop: EngineLoop, guard: Guard, notes: tuple[str, ...]
+    ) -> None:
         config = engine.vllm_config.model_config
         self.spec = spec
+        self._settings = settings
         self.kinds = frozenset(spec.kinds) & (POOLING if config.runner_type == "pooling" else GENERATING)
         self.max_context = int(config.max_model_len)
         self.precision = str(config.dtype).removeprefix("torch.")
@@ -178,7 +183,10 @@ class VLLMModel(ContinuousModel):
     async def _generated(self, request: InferenceRequest, prompt: list[int], sampling: Any) -> EngineOutput:
         started = time.perf_counter()
         name = f"{request.id}#{next(self._numbers)}"
-        answers = self._engine.generate({"prompt_token_ids": prompt}, sampling, name, priority=request.priority.wire)
+        given: dict[str, Any] = {"prompt_token_ids": prompt}
+        if salt := cache_salt(request.tenant, self._settings):
+            given["cache_salt"] = salt
+        answers = self._engine.generate(given, sampling, name, priority=request.priority.wire)
         out = await _last(answers)
         return self._output(request, len(prompt), out, (time.perf_counter() - started) * 1000)
 
@@ -262,7 +270,7 @@ class VLLMModel(ContinuousModel):
             return BadRequest(f"vllm refuses the request: {first_line(error)}")
         if isinstance(error, VLLMServerError):
             return EngineBusy(f"vllm: {self._told(error)}")
-        logger.error("vllm failed", exc_info=error)
+        logger.error("vllm failed: %s\n%s", type(error).__name__, "".join(format_tb(error.__traceback__)))
         return EngineError(f"vllm: {self._told(error)}")
 
     def _death(self) -> EngineDied:
@@ -346,7 +354,7 @@ class VLLMEngine(Engine):
             raise EngineLoadError(
                 f"vllm cannot load {spec.name!r}: {type(error).__name__}: {first_line(error)}"
             ) from error
-        return VLLMModel(spec, engine, loop, Guard(families(children() - before), folder), notes)
+        return VLLMModel(spec, self.settings, engine, loop, Guard(families(children() - before), folder), notes)
 
 
 async def _start_engine(arguments: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -58,6 +59,8 @@ def load_weights(spec: ModelSpec, dtype: torch.dtype) -> Any:
         model, found = loader.from_pretrained(
             spec.path, config=config, dtype=dtype, output_loading_info=True, **options
         )
+    except UnpicklingError as error:
+        raise EngineLoadError(f"the weights of {spec.name!r} at {spec.path!r} hold more than tensors") from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise EngineLoadError(f"cannot load {spec.name!r} from {spec.path!r}: {first_line(error)}") from error
     missing = sorted(found["missing_keys"])

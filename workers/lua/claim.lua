@@ -1,37 +1,158 @@
--- Move up to N messages from the lists of one queue to leases, the most urgent list first.
+--!include lists
+-- Move up to N messages from the lists of one queue to leases.
+--
+-- The most urgent step goes first, with a bound: where a step was passed over for ARGV[3] more urgent messages, one of its own
+-- is next. Inside a step the tenants' lanes and the shared list take turns, each by its weight; a tenant that has its share
+-- of what is in flight is left out until one of its requests has ended.
 --
 -- KEYS[1]   muai:lease:index     zset lease id -> expiry, ms
 -- KEYS[2]   muai:lease:messages  hash lease id -> list name, newline, message
 -- KEYS[3]   muai:lease:next      counter
 -- KEYS[4]   muai:cancelled       zset result key -> time of cancellation
--- KEYS[5+]  the queue's lists, most urgent first (producers LPUSH, so the oldest message is on the right)
+-- KEYS[5]   muai:queue:<queue>   what is known of the queue, see lists.lua
+-- KEYS[6]   muai:inflight        hash tenant -> leases of messages from its lanes
+-- KEYS[7+]  the queue's shared lists, most urgent first (producers LPUSH, so the oldest message is on the right)
 -- ARGV[1]   most messages to move
 -- ARGV[2]   lease length, ms
--- Returns   { now in ms, messages still waiting, cancelled requests, lease id, message, lease id, message, ... }
+-- ARGV[3]   more urgent messages that may pass a waiting one
+-- ARGV[4]   quotas, JSON: tenant -> [weight, most in flight (0: any number)]; '*' is everybody who is not named; '' is none
+-- Returns   { now in ms, messages still waiting that may be claimed, tenants that were left out, cancelled requests,
+--             lease id, message, lease id, message, ... }
+redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local expiry = now + ARGV[2]
-local wanted = tonumber(ARGV[1])
-local waiting = 0
-local out = { now, 0, redis.call('ZCARD', KEYS[4]) }
-for i = 5, #KEYS do
-  local list = KEYS[i]
-  if wanted > 0 then
-    local messages = redis.call('RPOP', list, wanted)
-    if messages then
-      local lease = redis.call('INCRBY', KEYS[3], #messages) - #messages
-      for _, message in ipairs(messages) do
-        lease = lease + 1
-        local id = string.format('%d', lease)
-        redis.call('HSET', KEYS[2], id, list .. '\n' .. message)
-        redis.call('ZADD', KEYS[1], expiry, id)
-        out[#out + 1] = id
-        out[#out + 1] = message
-      end
-      wanted = wanted - #messages
+local limit, patience = tonumber(ARGV[1]), tonumber(ARGV[3])
+local quotas = ARGV[4] ~= '' and cjson.decode(ARGV[4]) or {}
+local out = { now, 0, 0, redis.call('ZCARD', KEYS[4]) }
+local taken, bytes, laned = 0, 0, 0
+
+local function lease(list, tenant, messages)
+  local last = redis.call('INCRBY', KEYS[3], #messages) - #messages
+  for _, message in ipairs(messages) do
+    last = last + 1
+    local id = string.format('%d', last)
+    if tenant ~= '' then id = id .. '/' .. tenant end
+    redis.call('HSET', KEYS[2], id, list .. '\n' .. message)
+    redis.call('ZADD', KEYS[1], expiry, id)
+    out[#out + 1] = id
+    out[#out + 1] = message
+    bytes = bytes + #message
+  end
+  taken = taken + #messages
+  if tenant ~= '' then
+    laned = laned + #messages
+    redis.call('HINCRBY', KEYS[6], tenant, #messages)
+  end
+  return #messages
+end
+
+local function quota(tenant)
+  return quotas[tenant] or quotas['*'] or { 1, 0 }
+end
+
+-- How many more of a tenant's requests may be in flight.
+local function free(tenant)
+  local most = quota(tenant)[2]
+  if most == 0 then return limit end
+  return math.max(0, most - (tonumber(redis.call('HGET', KEYS[6], tenant)) or 0))
+end
+
+-- Take up to n messages of one step, in turns.
+local function take(step, n)
+  local shared, zset = step.list, 'muai:lanes:' .. step.list
+  if step.lanes == 1 and redis.call('ZREM', zset, '') == 1 then step.lanes = 0 end
+  if step.lanes == 0 then return lease(shared, '', redis.call('RPOP', shared, n) or {}) end
+  local turn = tonumber(redis.call('HGET', KEYS[5], 'turn:' .. shared)) or 0
+  if redis.call('LLEN', shared) > 0 then redis.call('ZADD', zset, 'NX', turn + 1, '') end
+  local before, skipped = taken, 0
+  while taken - before < n do
+    local tenant, score = unpack(redis.call('ZRANGE', zset, skipped, skipped, 'WITHSCORES'))
+    if not tenant then break end
+    if tenant ~= '' and free(tenant) == 0 then
+      skipped = skipped + 1 -- it stays in front: it has had the least
+    else
+      local list = lane_of(shared, tenant)
+      local message = redis.call('RPOP', list)
+      if message then lease(list, tenant, { message }) end
+      redis.call('ZINCRBY', zset, 1 / quota(tenant)[1], tenant)
+      if redis.call('LLEN', list) == 0 then redis.call('ZREM', zset, tenant) end
+      turn = math.max(turn, tonumber(score))
     end
   end
-  waiting = waiting + redis.call('LLEN', list)
+  out[3] = out[3] + skipped
+  redis.call('HSET', KEYS[5], 'turn:' .. shared, turn)
+  step.lanes = redis.call('ZCARD', zset)
+  return taken - before
 end
-out[2] = waiting
+
+local steps, busy = {}, 0
+for i = 7, #KEYS do
+  local step = { list = KEYS[i], waiting = redis.call('LLEN', KEYS[i]), lanes = redis.call('ZCARD', 'muai:lanes:' .. KEYS[i]) }
+  step.open = step.waiting > 0 or step.lanes > 0
+  if step.open then busy = busy + 1 end
+  steps[#steps + 1] = step
+end
+
+if busy == 1 then
+  for _, step in ipairs(steps) do
+    if step.open then take(step, limit) end
+  end
+elseif busy > 1 then
+  for i = 2, #steps do
+    steps[i].passed = tonumber(redis.call('HGET', KEYS[5], 'passed' .. i)) or 0
+  end
+  while taken < limit do
+    local turn, impatient
+    local n = limit - taken
+    for i = #steps, 1, -1 do
+      if steps[i].open then
+        turn = i
+        if i > 1 and steps[i].passed >= patience then
+          impatient = true
+          n = 1
+          break
+        end
+      end
+    end
+    if not turn then break end
+    if not impatient then
+      for i = turn + 1, #steps do
+        if steps[i].open then n = math.min(n, patience - steps[i].passed) end
+      end
+    end
+    local got = take(steps[turn], n)
+    if got < n then steps[turn].open = false end
+    if turn > 1 then steps[turn].passed = 0 end
+    for i = turn + 1, #steps do
+      if steps[i].open and not impatient then steps[i].passed = steps[i].passed + got end
+    end
+  end
+  for i = 2, #steps do
+    redis.call('HSET', KEYS[5], 'passed' .. i, steps[i].open and steps[i].passed or 0)
+  end
+end
+
+if taken == limit then
+  for _, step in ipairs(steps) do
+    if step.open then out[2] = out[2] + redis.call('LLEN', step.list) + redis.call('ZCARD', 'muai:lanes:' .. step.list) end
+  end
+end
+
+if taken > 0 and redis.call('EXISTS', KEYS[5]) == 1 then
+  local state = redis.call('HMGET', KEYS[5], 'bytes', 'at', 'taken', 'rate')
+  local size, at, count, rate = tonumber(state[1]) or 0, tonumber(state[2]) or 0, tonumber(state[3]) or 0, tonumber(state[4])
+  count = count + taken
+  if now - at > 5000 then -- nothing was taken for a while: that was no measurement
+    at, count = now, 0
+  elseif now - at >= 500 then
+    local measured = 1000 * count / (now - at)
+    rate = rate and 0.7 * rate + 0.3 * measured or measured
+    at, count = now, 0
+  end
+  -- What others have pushed was not counted: an empty queue is where both agree again.
+  size = (taken < limit and out[3] == 0) and 0 or math.max(0, size - bytes)
+  redis.call('HSET', KEYS[5], 'bytes', size, 'at', at, 'taken', count, 'rate', rate or 0)
+  if laned > 0 then redis.call('HINCRBY', KEYS[5], 'laned', -laned) end
+end
 return out

@@ -16,6 +16,7 @@
 -- release  ARGV[2] fence, [3+] uuids
 --          Returns the uuids that were released
 -- mark     ARGV[2] reason, [3] how long, ms, [4+] uuids
+redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local verb = ARGV[1]

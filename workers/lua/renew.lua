@@ -4,11 +4,10 @@
 -- ARGV[1]  lease length, ms
 -- ARGV[2+] lease id and the ms since the epoch past which it is not to be kept (0: no such time), in turn
 -- Returns  the leases that are lost
+redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local lost = {}
--- A broker that is out of memory lets a script write on once it has written something that takes none.
-redis.call('PERSIST', KEYS[1])
 for i = 2, #ARGV, 2 do
   local lease, last = ARGV[i], tonumber(ARGV[i + 1])
   local expiry = now + ARGV[1]

@@ -1,3 +1,4 @@
+--!include lists
 -- End leases, each with its outcome, all or nothing per lease.
 --
 -- A lease that is no longer held (it expired and somebody else took the message over) is passed over: nothing of its
@@ -7,6 +8,7 @@
 -- KEYS[1]  muai:lease:index     zset lease id -> expiry, ms
 -- KEYS[2]  muai:lease:messages  hash lease id -> list name, newline, message
 -- KEYS[3]  muai:dead            stream of dead letters
+-- KEYS[4]  muai:inflight        hash tenant -> leases of messages from its lanes
 -- ARGV[1]  seconds that results and reply streams are kept
 -- ARGV[2]  most dead letters kept
 -- ARGV[3]  prefix of delayed leases
@@ -15,12 +17,13 @@
 --   result key            written and published, as Celery's Redis backend does
 --   result record
 --   reply stream          the record is appended to it
---   push list             a message is put on this list; '=' is the list it came from
---   push message          '=' is the message as it was claimed
---   push side             'L' behind everything that waits, 'R' in front of it
+--   target list           a message is put on this list; '=' is the list it came from
+--   its message           '=' is the message as it was claimed
+--   its side              'L' behind everything that waits, 'R' in front of it
 --   dead letter           reason; the message is kept beside it
 --   due                   ms since the epoch: the message waits until then
 -- Returns  one 1 or 0 a lease: whether its outcome was written
+redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
 local TERMINAL = { SUCCESS = true, FAILURE = true, REVOKED = true }
 local ttl, dead_capacity, delayed = ARGV[1], ARGV[2], ARGV[3]
 local replies = {}
@@ -39,10 +42,12 @@ local function record_result(key, record)
   return record, true
 end
 
-local function settle(lease, key, record, stream, push, message, side, reason, due)
+local function settle(lease, key, record, stream, target, message, side, reason, due)
   if redis.call('ZREM', KEYS[1], lease) == 0 then return 0 end
+  local tenant = string.match(lease, '/(.+)')
+  if tenant and redis.call('HINCRBY', KEYS[4], tenant, -1) <= 0 then redis.call('HDEL', KEYS[4], tenant) end
   local list, claimed
-  if push ~= '' or reason ~= '' or due ~= '' then
+  if target ~= '' or reason ~= '' or due ~= '' then
     local stored = redis.call('HGET', KEYS[2], lease)
     local cut = string.find(stored, '\n', 1, true)
     list, claimed = string.sub(stored, 1, cut - 1), string.sub(stored, cut + 1)
@@ -53,16 +58,17 @@ local function settle(lease, key, record, stream, push, message, side, reason, d
   end
   redis.call('HDEL', KEYS[2], lease)
   local stands = true
-  if key ~= '' then record, stands = record_result(key, record) end
+  if key ~= '' then
+    record, stands = record_result(key, record)
+    if target == '' then redis.call('DEL', 'muai:submitted:' .. string.sub(key, #'celery-task-meta-' + 1)) end
+  end
   if stream ~= '' then
     redis.pcall('XADD', stream, '*', 'm', record) -- an error where the key is no stream concerns nobody else
     replies[stream] = true
   end
   if not stands then return 0 end
-  if push ~= '' then
-    if push == '=' then push = list end
-    if message == '=' then message = claimed end
-    redis.call(side == 'R' and 'RPUSH' or 'LPUSH', push, message)
+  if target ~= '' then
+    push(target == '=' and list or target, side, { message == '=' and claimed or message })
   end
   if reason ~= '' then
     redis.call('XADD', KEYS[3], 'MAXLEN', '~', dead_capacity, '*', 'list', list, 'reason', reason, 'message', claimed)

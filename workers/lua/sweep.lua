@@ -1,3 +1,4 @@
+--!include lists
 -- Take over what nobody holds any longer: leases that expired, and delayed messages whose time has come.
 --
 -- A delayed message goes straight back to its list. An expired lease becomes the caller's, under a new id, so that the
@@ -10,6 +11,7 @@
 -- ARGV[2]  lease length, ms
 -- ARGV[3]  prefix of delayed leases
 -- Returns  { ms until the next one is due (-1: none), lease id, list name .. newline .. message, ... }
+redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local out = { -1 }
@@ -20,9 +22,9 @@ for _, lease in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT'
   if stored then
     if string.sub(lease, 1, #ARGV[3]) == ARGV[3] then
       local cut = string.find(stored, '\n', 1, true)
-      redis.call('RPUSH', string.sub(stored, 1, cut - 1), string.sub(stored, cut + 1))
+      push(string.sub(stored, 1, cut - 1), 'R', { string.sub(stored, cut + 1) })
     else
-      local taken = string.format('%d', redis.call('INCR', KEYS[3]))
+      local taken = string.format('%d', redis.call('INCR', KEYS[3])) .. (string.match(lease, '/.+') or '')
       redis.call('HSET', KEYS[2], taken, stored)
       redis.call('ZADD', KEYS[1], now + ARGV[2], taken)
       out[#out + 1] = taken

@@ -1,0 +1,143 @@
+"""A long time with a fault every now and then: nothing is lost, and nothing grows."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from tests.conftest import eventually
+from tests.faults.crew import Member
+from tests.faults.proxy import Mode, Proxy
+from tests.faults.stage import Figure, Stage
+
+SETTLED_REQUESTS = 200
+"""A worker has grown to its usual size when it has run so many."""
+
+
+def soak(folder: Path, *, minutes: float, every: float = 30.0, kept: int = 10) -> list[Figure]:
+    """Requests flow for so many minutes, and something breaks every so many seconds.
+
+    Results are ``kept`` for so many seconds: what is in the broker after that is what would grow. Growth is what was
+    there at the end over what was there near the start; of a worker that was restarted, over what it had when it was
+    settled again.
+    """
+    rng = random.Random(12)
+    fleet = {"lease_seconds": 5.0, "max_deliveries": 1000, "result_expires_seconds": kept}
+    with Stage(folder, fleet=fleet) as stage, Proxy(stage.broker.port) as proxy:
+        stage.crew.start(2)
+        stage.crew.start(2, REDIS_URL=proxy.url)
+        stage.crew.respawning = True
+        faults = Faults(stage, proxy, rng)
+        usual: dict[Member, int] = {}
+        with stage.load(rate=50) as load:
+            load.wait_for(SETTLED_REQUESTS)
+        keys_before, bytes_before = quiet_keys(stage, kept)
+        end = time.monotonic() + 60 * minutes
+        with stage.load(rate=50):
+            while time.monotonic() < end:
+                next_fault = time.monotonic() + every
+                while time.monotonic() < next_fault:
+                    note_settled(stage, usual)
+                    time.sleep(1.0)
+                faults.commit()
+            stage.crew.wait_live()
+        stage.drain(60)
+        keys_after, bytes_after = quiet_keys(stage, kept)
+        lasting = [member for member in stage.crew.running() if member in usual]
+        growths = [100 * (member.memory() / usual[member] - 1) for member in lasting]
+        for member, growth in zip(lasting, growths, strict=True):
+            print(f"  worker {member.pid}: {time.time() - member.started:.0f} s old, {growth:+.1f} %", flush=True)
+        return [
+            *stage.verdict(),
+            Figure("faults", faults.committed),
+            Figure("keys in the quiet broker near the start", keys_before),
+            Figure("growth of keys, %", 100 * (keys_after / keys_before - 1), at_most=5),
+            Figure("growth of what they hold, bytes", bytes_after - bytes_before),
+            Figure("workers measured", len(lasting)),
+            Figure("growth of a worker's memory, %", max(growths, default=0.0), at_most=5),
+        ]
+
+
+class Faults:
+    """What breaks. The first worker is not killed, so that one lives from the start to the end."""
+
+    def __init__(self, stage: Stage, proxy: Proxy, rng: random.Random) -> None:
+        self.committed = 0
+        self._stage = stage
+        self._proxy = proxy
+        self._rng = rng
+        self._spared = stage.crew.running()[0]
+        self._kinds: list[Callable[[], None]] = [
+            self.kill, self.terminate, self.freeze_worker, self.kill_broker, self.freeze_broker, self.half_open,
+            partial(self.disturb, Mode.CUT), partial(self.disturb, Mode.FREEZE), partial(self.disturb, Mode.DELAY),
+        ]  # fmt: skip
+
+    def commit(self) -> None:
+        """One of them, chosen at random."""
+        self._rng.choice(self._kinds)()
+        self.committed += 1
+
+    def kill(self) -> None:
+        """A worker is killed."""
+        self._victim().signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """A worker is stopped."""
+        self._victim().signal(signal.SIGTERM)
+
+    def freeze_worker(self) -> None:
+        """A worker is frozen for longer than its leases last."""
+        victim = self._victim()
+        victim.signal(signal.SIGSTOP)
+        time.sleep(7.0)
+        victim.signal(signal.SIGCONT)
+
+    def kill_broker(self) -> None:
+        """The broker is killed and comes back."""
+        self._stage.broker.kill()
+        time.sleep(2.0)
+        self._stage.broker.start()
+
+    def freeze_broker(self) -> None:
+        """The broker is frozen."""
+        os.kill(self._stage.broker.pid, signal.SIGSTOP)
+        time.sleep(3.0)
+        os.kill(self._stage.broker.pid, signal.SIGCONT)
+
+    def half_open(self) -> None:
+        """Half of the workers' connections go silent."""
+        self._proxy.set(Mode.HALF_OPEN)
+
+    def disturb(self, mode: Mode) -> None:
+        """Half of the workers have trouble with the network for a while."""
+        self._proxy.set(mode)
+        time.sleep(2.0)
+        self._proxy.set(Mode.PASS)
+
+    def _victim(self) -> Member:
+        return self._rng.choice([member for member in self._stage.crew.running() if member is not self._spared])
+
+
+def note_settled(stage: Stage, usual: dict[Member, int]) -> None:
+    """Note the memory of workers that have run enough to have their usual size."""
+    runs = stage.ledger.runs_by_worker()
+    for member in stage.crew.running():
+        if member not in usual and runs[member.pid] >= SETTLED_REQUESTS:
+            usual[member] = member.memory()
+
+
+def quiet_keys(stage: Stage, kept: int) -> tuple[int, int]:
+    """How many keys the broker holds once nothing is under way and results have expired, and their bytes."""
+    held: list[int] = []
+
+    def steady() -> bool:
+        held.append(stage.redis.dbsize())
+        return len(held) > kept and len(set(held[-5:])) == 1
+
+    eventually(lambda: time.sleep(1.0) or steady(), 60, "a quiet broker")
+    return held[-1], sum(stage.redis.memory_usage(key) or 0 for key in stage.redis.scan_iter())

@@ -1,0 +1,22 @@
+-- May messages that did not come through our own client run? Their ids may be those of others: an id runs once at a time.
+--
+-- KEYS[1]  muai:lease:index  zset lease id -> expiry, ms
+-- ARGV[1]  seconds that a request is remembered as under way, should nobody ever answer it
+-- then for each message its lease and its id
+-- Returns  one word a message: run, wait (another message of this id is under way) or done (it has its answer)
+redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
+local TERMINAL = { SUCCESS = true, FAILURE = true, REVOKED = true }
+
+local function verdict(lease, id)
+  local record = redis.pcall('GETRANGE', 'celery-task-meta-' .. id, 0, 63)
+  if type(record) == 'string' and TERMINAL[string.match(record, '"status":%s*"(%u+)"') or ''] then return 'done' end
+  local mark = 'muai:submitted:' .. id
+  local holder = redis.call('GET', mark)
+  if holder and holder ~= lease and (holder == '1' or redis.call('ZSCORE', KEYS[1], holder)) then return 'wait' end
+  redis.call('SET', mark, lease, 'EX', ARGV[1])
+  return 'run'
+end
+
+local out = {}
+for i = 2, #ARGV, 2 do out[#out + 1] = verdict(ARGV[i], ARGV[i + 1]) end
+return out
