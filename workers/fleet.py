@@ -231,7 +231,7 @@ class Fleet:
             return
         try:
             info: Any = self.client.info()
-        except redis.NoPermissionError:
+        except redis.exceptions.NoPermissionError:
             info = None
         self._checked = True
         if info is None:

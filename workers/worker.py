@@ -33,6 +33,7 @@ class FleetWorker(Worker):
     part in it: the grace is ``monitoring.server.graceful_shutdown_timeout``.
     """
 
+    exitcode: int | None = None
     _asked = False
 
     @property
@@ -84,8 +85,9 @@ class FleetWorker(Worker):
         self._stop_fleet(self.fleet.grace)
         if self.fleet.heard:
             super().stop(in_sighandler, exitcode)
-        elif exitcode is not None:
-            self.exitcode = exitcode
+        else:
+            self.exitcode = self.exitcode if exitcode is None else exitcode
+            self._send_worker_shutdown()
 
     def terminate(self, in_sighandler: bool = False) -> None:
         """The same in a hurry: Celery cannot go on."""

@@ -321,7 +321,10 @@ def submitted(client: Client):
 
 
 def test_a_worker_says_once_what_its_broker_would_lose(own_fleet: FleetUnderTest, admin: redis.Redis) -> None:
-    """Eviction and missing persistence are warned of at the start, with the command that mends them."""
+    """Eviction and missing persistence are warned of at the start, with the command that mends them.
+
+    A worker that may not ask goes on without.
+    """
     admin.config_set("appendonly", "no")
     admin.config_set("maxmemory", "1gb")
     admin.config_set("maxmemory-policy", "allkeys-lru")
@@ -332,3 +335,10 @@ def test_a_worker_says_once_what_its_broker_would_lose(own_fleet: FleetUnderTest
     log = own_fleet.log(worker)
     assert log.count("a full broker would drop requests. Remedy: redis-cli") == 1
     assert log.count("what waits is lost when the broker dies") == 1
+    admin.execute_command("ACL", "SETUSER", "default", "-info")
+    silent = own_fleet.start_worker()
+    for process in own_fleet.processes:
+        process.terminate()
+        process.wait(30)
+    assert own_fleet.client.fleet() == []
+    assert "Remedy" not in own_fleet.log(silent)
