@@ -58,7 +58,7 @@ check: lint types contracts  ## lint, types and contracts
 docs: setup  ## write docs/configuration.md from the settings
 	@$(BIN)/python -m shared.configuration_reference
 
-bench-queue: setup  ## cost of the queue path against plain Celery
+bench-queue: setup  ## cost of the queue path, against plain Celery and dramatiq
 	@$(BIN)/python -m tests.benchmarks.bench_queue
 
 bench-batching: setup  ## what micro-batching gains, and what it costs a lone caller
