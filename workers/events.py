@@ -26,7 +26,7 @@ from workers.inflight import InFlight
 
 logger = logging.getLogger(__name__)
 
-FLUSH_SECONDS = 0.05
+FLUSH_SECONDS = 0.01
 """Events are published together this long after the first of them: one message for what would be a round trip each."""
 
 BUFFER_LIMIT = 2048

@@ -274,12 +274,6 @@ class Channel(kombu_redis.Channel):
         envelope["properties"]["delivery_tag"] = message.lease
         return envelope
 
-    def _put_fanout(self, exchange: str, message: dict[str, Any], routing_key: str, **options: Any) -> None:
-        """Publish to whoever listens. What worker and dispatcher say is JSON that needs nothing of kombu's encoder."""
-        with self.conn_or_acquire() as client:
-            for topic in self._get_publish_topics(exchange, routing_key):
-                client.publish(topic, wire.dumps(message))
-
     def _get(self, queue: str) -> dict[str, Any]:
         claim = self.delivery.claim(queue, 1)
         envelope = self._read(queue, claim.messages[0]) if claim.messages else None
