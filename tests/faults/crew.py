@@ -19,6 +19,7 @@ from typing import Self
 import psutil
 
 from producer import Client
+from shared.errors import BrokerUnavailable
 from tests.conftest import STOP_SECONDS, eventually
 from tests.faults import worker
 
@@ -109,8 +110,12 @@ class Crew:
         """Wait until these members are in the registry; where none are named, all that run."""
 
         def missing() -> list[Member]:
-            live = {info.pid for info in self._client.fleet()}
-            return [member for member in (members or self.running()) if member.pid not in live]
+            wanted = list(self.running() if members is None else members)
+            try:
+                live = {info.pid for info in self._client.fleet()}
+            except BrokerUnavailable:
+                return wanted
+            return [member for member in wanted if member.pid not in live]
 
         eventually(lambda: not missing(), START_SECONDS, "the workers' announcements")
 

@@ -27,9 +27,7 @@ def broker_killed(folder: Path, *, downs: Sequence[float], ids: int) -> list[Fig
         with stage.load(RATE) as load:
             for down in downs:
                 load.wait_for(len(load.ids) + ids // (2 * len(downs)))
-                stage.broker.kill()
-                time.sleep(down)
-                stage.broker.start()
+                stage.kill_broker(down)
                 back = stage.consuming_again(time.time(), members, 60)
                 figures.append(Figure(f"consuming again after {down:g} s down, s", back, at_most=10))
             load.wait_for(ids)

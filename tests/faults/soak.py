@@ -99,9 +99,7 @@ class Faults:
 
     def kill_broker(self) -> None:
         """The broker is killed and comes back."""
-        self._stage.broker.kill()
-        time.sleep(2.0)
-        self._stage.broker.start()
+        self._stage.kill_broker(down=2.0)
 
     def freeze_broker(self) -> None:
         """The broker is frozen."""

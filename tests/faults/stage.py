@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -100,6 +100,18 @@ class Stage:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+
+    def kill_broker(self, down: float) -> None:
+        """SIGKILL of the broker, which is back with its data after so many seconds."""
+        self.broker.kill()
+        time.sleep(down)
+        self.broker.start()
+        eventually(self._broker_answers, what="the broker's data")
+
+    def _broker_answers(self) -> bool:
+        with suppress(redis.RedisError):
+            return bool(self.redis.ping())
+        return False
 
     def settings(self, url: str) -> Settings:
         """The settings of this fleet, with the broker at ``url``."""
