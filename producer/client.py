@@ -11,12 +11,10 @@ from itertools import islice
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import orjson
-
 from producer.dead import DeadLetters
 from producer.handle import Handle
 from producer.outage import policy
-from producer.records import Outcome, RequestStatus, read, status_of
+from producer.records import Outcome, RequestStatus, read, status_of, stored
 from producer.replies import ReplyReader
 from producer.submitter import Submitter
 from shared import keys, wire
@@ -134,7 +132,7 @@ class Client:
         new = self._submitter.submit([(request, self._choose(request)) for request in requests], time.time())
         for request, pushed in zip(requests, new, strict=True):
             if not pushed:
-                with suppress(BrokerUnavailable):  # its handle looks again
+                with suppress(FleetError):  # its handle looks again
                     self.recover(request.id)
 
     def map(
@@ -237,7 +235,7 @@ class Client:
         """Where a request is."""
         with broker_errors(self._fleet, "ask for a status"):
             record = self._redis.get(keys.result_key(request_id))
-        return RequestStatus.PENDING if record is None else status_of(orjson.loads(record))
+        return RequestStatus.PENDING if record is None else status_of(stored(record))
 
     def recover(self, request_id: str) -> Outcome | None:
         """Look a result up where it is stored; resolves the handle where it is there."""
@@ -245,8 +243,9 @@ class Client:
             record = self._redis.get(keys.result_key(request_id))
         if record is None:
             return None
+        outcome = read(stored(record))[1]
         self._replies.fulfil(record)
-        return read(record)[1]
+        return outcome
 
     def cancel(self, request_id: str) -> bool:
         """Cancel a request: its caller gets :class:`~shared.errors.Cancelled`. ``False`` where it had ended before."""

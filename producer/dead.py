@@ -99,12 +99,12 @@ class DeadLetters:
         """Put them back on their queues, with a fresh count of deliveries; returns how many were still there."""
         moved = 0
         for first in range(0, len(letters), AT_ONCE):
-            arguments: list[str | bytes | int] = [self._fleet.result_expires_seconds]
+            arguments: list[str | bytes] = []
             for letter in letters[first : first + AT_ONCE]:
                 result = keys.result_key(letter.request_id) if letter.request_id else ""
                 arguments += [letter.id, letter.list_name, _renewed(letter), result]
             with broker_errors(self._fleet, "replay dead letters"):
-                moved += sum(self._replay(keys=[keys.DEAD_LETTERS], args=arguments))
+                moved += sum(self._replay(keys=[keys.DEAD_LETTERS, keys.UNDER_WAY], args=arguments))
         return moved
 
     def drop(self, letters: Sequence[DeadLetter]) -> int:

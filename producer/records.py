@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Any
 
 import orjson
+from pydantic import ValidationError
 
 from shared import errors
 from shared.contract import InferenceResult
@@ -39,20 +40,34 @@ def status_of(record: dict[str, Any]) -> RequestStatus:
     return _STATUS.get(str(record.get("status")), RequestStatus.PENDING)
 
 
-def read(record: bytes | str) -> tuple[str, Outcome | None]:
+def stored(record: bytes | str) -> dict[str, Any]:
+    """A record; raise :class:`FleetError` for what no worker of this fleet has written."""
+    try:
+        data = orjson.loads(record)
+    except orjson.JSONDecodeError:
+        data = None
+    if not isinstance(data, dict) or not isinstance(data.get("task_id"), str):
+        raise FleetError("what is stored as the request's result is not a result record")
+    return data
+
+
+def read(data: dict[str, Any]) -> tuple[str, Outcome | None]:
     """The request's id and how it ended; ``None`` where the record is not a terminal one."""
-    data = orjson.loads(record)
     request_id = str(data["task_id"])
     status = data.get("status")
     if status == "SUCCESS":
-        return request_id, result_of(data["result"])
+        return request_id, result_of(data.get("result"))
     if status in ("FAILURE", "REVOKED"):
         return request_id, error_of(data.get("result"), revoked=status == "REVOKED")
     return request_id, None
 
 
 def result_of(data: Any) -> Outcome:
-    """A result; records come from our own workers, so they are not validated again field by field."""
+    """A result. One of a newer worker may have fields that are not known here yet."""
+    try:
+        return InferenceResult.model_validate(data)
+    except ValidationError:
+        pass
     try:
         return InferenceResult.model_construct(**data)
     except TypeError:

@@ -9,9 +9,10 @@ from typing import Any
 
 import redis
 
-from producer.records import Outcome, read
+from producer.records import Outcome, read, stored
 from shared import keys
 from shared.broker import connect
+from shared.errors import FleetError
 from shared.settings import FleetSettings
 
 logger = logging.getLogger(__name__)
@@ -59,9 +60,9 @@ class ReplyReader:
     def fulfil(self, record: bytes | str) -> None:
         """A record came: resolve its request's future. One that is not terminal, or not waited for, is passed."""
         try:
-            request_id, outcome = read(record)
-        except (ValueError, KeyError, TypeError):
-            logger.exception("a record on the reply stream cannot be read; its request is looked up where it is stored")
+            request_id, outcome = read(stored(record))
+        except FleetError:
+            logger.error("a record on the reply stream cannot be read; its request is looked up where it is stored")
             return
         if outcome is not None:
             self.answer(request_id, outcome)

@@ -19,6 +19,9 @@ UNKNOWN_WAIT_SECONDS = 1.0
 """When to try again where nothing is known of the rate at which a queue empties."""
 
 LONGEST_WAIT_SECONDS = 60.0
+LARGEST_GROUP = 1000
+"""Requests for one list that the script looks at together."""
+
 ANYBODY = TenantSettings()
 
 
@@ -26,6 +29,7 @@ ANYBODY = TenantSettings()
 class _Group:
     """What goes to one list: ids and messages in turn, and the places of its requests among those that were given."""
 
+    name: str
     tenant: str
     arguments: list[str | bytes] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
@@ -49,30 +53,32 @@ class Submitter:
         :class:`~shared.errors.PayloadTooLarge` and :class:`~shared.errors.BrokerUnavailable`.
         """
         groups: dict[str, _Group] = {}
+        everything: list[_Group] = []
         for place, (request, engine) in enumerate(requests):
             queue = keys.queue_of(engine)
             name = keys.list_of(queue, request.priority.wire, request.tenant)
             group = groups.get(name)
-            if group is None:
-                group = groups[name] = _Group(request.tenant)
+            if group is None or len(group.places) == LARGEST_GROUP:
+                group = groups[name] = _Group(name, request.tenant)
+                everything.append(group)
             group.places.append(place)
             group.arguments += (request.id, wire.encode_request(
                 request, queue, sent=sent, reply=self._reply, max_bytes=self._fleet.max_payload_bytes,
                 sign=self._sign,
             ))  # fmt: skip
-        if not groups:
+        if not everything:
             return []
         fleet = self._fleet
         args: list[Any] = [fleet.result_expires_seconds, self._capacity, fleet.queue_capacity_bytes]
-        for name, group in groups.items():
-            args += (name, *self._rate(group.tenant), len(group.places))
+        for group in everything:
+            args += (group.name, *self._rate(group.tenant), len(group.places))
             args += group.arguments
         with broker_errors(fleet, "submit"):
-            answer: Any = self._script(keys=[], args=args)
+            answer: Any = self._script(keys=[keys.UNDER_WAY], args=args)
         if answer[0] != b"ok":
             raise self._refusal(answer, len(requests))
         pushed = [False] * len(requests)
-        places = (place for group in groups.values() for place in group.places)
+        places = (place for group in everything for place in group.places)
         for place, flag in zip(places, answer[1:], strict=True):
             pushed[place] = flag == 1
         return pushed

@@ -145,6 +145,7 @@ class EmbeddedBroker:
         try:
             while process is not None and process.poll() is None and time.monotonic() < deadline:
                 try:
+                    client.ping()  # refused while it loads its data
                     # A server of somebody else may have the port.
                     return bool(client.info("server")["process_id"] == process.pid)
                 except redis.RedisError:

@@ -19,7 +19,8 @@ under ``muai:``.
 ``muai:cancelled``                      zset result key -> time of cancellation, ms
 ``muai:workers:seen``                   zset worker id -> last announcement, ms
 ``muai:workers:info``                   hash worker id -> what the worker announces, JSON
-``muai:submitted:<id>``                 a request with this id is under way
+``muai:underway``                       zset request id -> when it was submitted, ms; until it has ended
+``muai:running:<id>``                   the lease under which a message of another sender runs
 ``muai:parity:<digest>``                what PyTorch answers to the parity gate's questions, JSON
 ``muai:gpu:leases``                     zset GPU uuid -> expiry of its lease, ms since the epoch
 ``muai:gpu:holders``                    hash GPU uuid -> fence of its lease, newline, who holds it (JSON)
@@ -45,6 +46,7 @@ LEASE_MESSAGES: Final = "muai:lease:messages"
 LEASE_COUNTER: Final = "muai:lease:next"
 IN_FLIGHT: Final = "muai:inflight"
 DEAD_LETTERS: Final = "muai:dead"
+UNDER_WAY: Final = "muai:underway"
 CANCELLED: Final = "muai:cancelled"
 WORKERS_SEEN: Final = "muai:workers:seen"
 WORKERS_INFO: Final = "muai:workers:info"

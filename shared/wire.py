@@ -57,7 +57,9 @@ def encode_request(
     header: dict[str, Any] = {"v": CONTRACT_VERSION, "sent": sent}
     if reply is not None:
         header["reply"] = reply
-    encoded = orjson.dumps([(), {"request": request.model_dump(mode="json", exclude_defaults=True)}, _EMBED])
+    fields = request.model_dump(mode="json", exclude_unset=True)
+    fields["id"] = request.id  # which its maker may have left to us
+    encoded = orjson.dumps([(), {"request": fields}, _EMBED])
     check_size(len(encoded), max_bytes)
     task_id, body = request.id, encoded.decode()
     headers = {

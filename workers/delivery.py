@@ -107,8 +107,9 @@ class Delivery:
 
     def __init__(self, client: redis.Redis, fleet: FleetSettings) -> None:
         self._fleet = fleet
+        self.lease_seconds = fleet.lease_seconds
         self._lease_ms = int(fleet.lease_seconds * 1000)
-        self._settle_keys = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.DEAD_LETTERS, keys.IN_FLIGHT]
+        self._settle_keys = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.DEAD_LETTERS, keys.IN_FLIGHT, keys.UNDER_WAY]
         self._claim_keys: dict[str, list[str]] = {}
         self._client = client
         self.quotas = ""
@@ -159,7 +160,7 @@ class Delivery:
         args: list[str | int] = [self._fleet.result_expires_seconds]
         for message in messages:
             args.extend(message)
-        return [Verdict(word.decode()) for word in self._begin(keys=[keys.LEASE_INDEX], args=args)]
+        return [Verdict(word.decode()) for word in self._begin(keys=[keys.LEASE_INDEX, keys.UNDER_WAY], args=args)]
 
     def cancelled_among(self, request_ids: Sequence[str]) -> set[str]:
         """Which of these requests were cancelled."""

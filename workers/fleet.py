@@ -19,7 +19,7 @@ from celery.worker import state
 from shared.broker import connect, hasten
 from shared.broker_checks import check_eviction, check_persistence, check_version
 from shared.contract import EngineName
-from shared.errors import ConfigurationError, MissingDependency
+from shared.errors import ConfigurationError, FleetError, MissingDependency
 from shared.findings import Grade
 from shared.masking import masked_url
 from shared.registry import EngineInfo, WorkerInfo, WorkerRegistry
@@ -250,7 +250,7 @@ class Fleet:
                 self.refresh()
                 self.delivery.share_out(sum(info.max_batch_size for w in self._live for info in w.engines))
                 self.rescuer.look(time.monotonic())
-            except (redis.RedisError, OSError) as error:
+            except (redis.RedisError, FleetError, OSError) as error:
                 logger.warning("cannot announce this worker: %s", error)
             self._news.wait(self.settings.fleet.heartbeat_seconds)
         try:

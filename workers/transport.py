@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 PREFETCH_UNLIMITED = 64
 
+STALE_SHARE = 1 / 3
+"""Share of a lease after which a claim's answer is too old, because the broker or this process stood still."""
+
 _CORRELATION = re.compile(rb'"correlation_id": ?"([^"\\]{1,128})"')
 
 
@@ -213,8 +216,14 @@ class Channel(kombu_redis.Channel):
                 # It was not asked, so it may hold something.
                 self._backlog[queue] = max(1, self._backlog.get(queue, 0))
                 continue
+            asked = time.monotonic()
             claim = self.delivery.claim(queue, room)
             self._backlog[queue] = claim.waiting
+            if time.monotonic() - asked > STALE_SHARE * self.delivery.lease_seconds:
+                # Nobody has kept these leases yet, so some may have been taken over: what is ours goes back.
+                self.delivery.settle([Outcome.give_back(message.lease) for message in reversed(claim.messages)])
+                self._backlog[queue] = 1
+                continue
             if claim.left_out and not claim.waiting:
                 self._look_at[queue] = time.monotonic() + LEFT_OUT_SECONDS
             else:

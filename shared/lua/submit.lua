@@ -5,12 +5,12 @@
 -- a tenant with less than an equal share of the capacity waiting is let in all the same, so that nobody can fill a queue
 -- against the others: what waits stays under twice the capacity.
 --
--- KEYS      none is fixed: everything is named by the arguments
+-- KEYS[1]   muai:underway  zset request id -> when it was submitted, ms
 -- ARGV[1]   seconds that a submission is remembered, should nobody ever answer it
 -- ARGV[2]   capacity of a queue, messages
 -- ARGV[3]   capacity of a queue, bytes
 -- ARGV[4+]  for each list: the list; requests a second that its tenant may submit (0: any number) and how many at once;
---           the number of its requests; for each of them its id and its message
+--           the number of its requests, at most 1000; for each of them its id and its message
 -- Returns   { 'ok', one 1 or 0 a request: 0 where it was known }
 --           { 'full', queue, messages waiting, ms until there is room (-1: unknown) }
 --           { 'rate', tenant, ms until it may }
@@ -21,22 +21,31 @@ local groups, at = {}, 4
 while at <= #ARGV do
   local list, count = ARGV[at], tonumber(ARGV[at + 3])
   local queue, tenant = parts(list)
-  groups[#groups + 1] = { list = list, queue = queue, tenant = tenant, first = at + 4, count = count,
+  groups[#groups + 1] = { list = list, queue = queue, tenant = tenant, first = at + 4, last = at + 2 + 2 * count,
                           rate = tonumber(ARGV[at + 1]), burst = tonumber(ARGV[at + 2]) }
   at = at + 4 + 2 * count
 end
 
-local function known(id)
-  return redis.call('EXISTS', 'muai:submitted:' .. id, 'celery-task-meta-' .. id) > 0
-end
-
--- How many of a group's requests are new, and their size. Asked only where it matters: mostly all of them are.
-local function fresh(group)
-  local count, bytes = 0, 0
-  for i = group.first, group.first + 2 * group.count - 2, 2 do
-    if not known(ARGV[i]) then count, bytes = count + 1, bytes + #ARGV[i + 1] end
+-- Which of a group's requests are new, as places of their ids in ARGV; asked once, of all of them together.
+local seen = {}
+local function news(group)
+  if group.news then return group.news end
+  local ids, results = {}, {}
+  for i = group.first, group.last, 2 do
+    ids[#ids + 1] = ARGV[i]
+    results[#results + 1] = 'celery-task-meta-' .. ARGV[i]
   end
-  return count, bytes
+  local under_way = redis.call('ZMSCORE', KEYS[1], unpack(ids))
+  local answered = redis.call('EXISTS', unpack(results)) > 0
+  local found = {}
+  for n, id in ipairs(ids) do
+    if not (under_way[n] or seen[id] or answered and redis.call('EXISTS', results[n]) == 1) then
+      found[#found + 1] = group.first + 2 * (n - 1)
+    end
+    seen[id] = true
+  end
+  group.news = found
+  return found
 end
 
 local steps = { '', '\6\0223', '\6\0226', '\6\0229' }
@@ -62,25 +71,24 @@ end
 local adds = {}
 for _, group in ipairs(groups) do
   local queue = group.queue
-  local seen = adds[queue]
-  if not seen then
-    local state = redis.call('HMGET', 'muai:queue:' .. queue, 'laned', 'bytes', 'rate')
-    seen = { waiting = length(queue, '') + (tonumber(state[1]) or 0), bytes = tonumber(state[2]) or 0, rate = tonumber(state[3]) }
-    if seen.waiting == 0 then seen.bytes = 0 end
-    adds[queue] = seen
+  local state_of = adds[queue]
+  if not state_of then
+    local known = redis.call('HMGET', 'muai:queue:' .. queue, 'laned', 'bytes', 'rate')
+    state_of = { waiting = length(queue, '') + (tonumber(known[1]) or 0), bytes = tonumber(known[2]) or 0, rate = tonumber(known[3]) }
+    if state_of.waiting == 0 then state_of.bytes = 0 end
+    adds[queue] = state_of
   end
-  local count, bytes = group.count, 0
-  for i = group.first + 1, group.first + 2 * group.count - 1, 2 do bytes = bytes + #ARGV[i] end
-  if seen.waiting + count > capacity or seen.bytes + bytes > most_bytes then count, bytes = fresh(group) end
-  if count > 0 and (seen.waiting + count > capacity or seen.bytes + bytes > most_bytes) then
+  local count, bytes = 0, 0
+  for _, i in ipairs(news(group)) do count, bytes = count + 1, bytes + #ARGV[i + 1] end
+  if count > 0 and (state_of.waiting + count > capacity or state_of.bytes + bytes > most_bytes) then
     local share = capacity / sharers(queue)
-    local over = math.max(seen.waiting + count - capacity, (seen.bytes + bytes - most_bytes) / math.max(1, seen.bytes) * seen.waiting)
-    if length(queue, group.tenant) + count > share or seen.bytes + bytes > 2 * most_bytes or share >= capacity then
-      local wait = seen.rate and seen.rate > 0 and math.ceil(1000 * over / seen.rate) or -1
-      return { 'full', queue, seen.waiting, wait }
+    local over = math.max(state_of.waiting + count - capacity, (state_of.bytes + bytes - most_bytes) / math.max(1, state_of.bytes) * state_of.waiting)
+    if length(queue, group.tenant) + count > share or state_of.bytes + bytes > 2 * most_bytes or share >= capacity then
+      local wait = state_of.rate and state_of.rate > 0 and math.ceil(1000 * over / state_of.rate) or -1
+      return { 'full', queue, state_of.waiting, wait }
     end
   end
-  seen.waiting, seen.bytes = seen.waiting + count, seen.bytes + bytes
+  state_of.waiting, state_of.bytes = state_of.waiting + count, state_of.bytes + bytes
 end
 
 -- 2. May the tenants? A bucket of tokens each; a call larger than the bucket is let in when it is full, and leaves a debt.
@@ -95,7 +103,7 @@ for _, group in ipairs(groups) do
       bucket = { tokens = tokens, wanted = 0, group = group }
       buckets[group.tenant] = bucket
     end
-    bucket.wanted = bucket.wanted + (fresh(group))
+    bucket.wanted = bucket.wanted + #news(group)
   end
 end
 for tenant, bucket in pairs(buckets) do
@@ -111,20 +119,19 @@ end
 -- 3. Then they go.
 local out = { 'ok' }
 for _, group in ipairs(groups) do
-  local messages = {}
-  for i = group.first, group.first + 2 * group.count - 2, 2 do
-    local id = ARGV[i]
-    if redis.call('EXISTS', 'celery-task-meta-' .. id) == 1
-      or not redis.call('SET', 'muai:submitted:' .. id, '1', 'NX', 'EX', ttl) then
-      out[#out + 1] = 0
-    else
-      messages[#messages + 1] = ARGV[i + 1]
-      out[#out + 1] = 1
-    end
+  local new, messages, marks, pushed = news(group), {}, {}, {}
+  for _, i in ipairs(new) do
+    messages[#messages + 1] = ARGV[i + 1]
+    marks[#marks + 1] = now
+    marks[#marks + 1] = ARGV[i]
+    pushed[i] = 1
   end
+  for i = group.first, group.last, 2 do out[#out + 1] = pushed[i] or 0 end
   if #messages > 0 then
+    redis.call('ZADD', KEYS[1], unpack(marks)) -- the first write: a full broker refuses it
     redis.call('HSETNX', 'muai:queue:' .. group.queue, 'bytes', 0)
     push(group.list, 'L', messages)
   end
 end
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - 1000 * ttl)
 return out

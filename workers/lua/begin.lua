@@ -1,19 +1,26 @@
 -- May messages that did not come through our own client run? Their ids may be those of others: an id runs once at a time.
 --
 -- KEYS[1]  muai:lease:index  zset lease id -> expiry, ms
+-- KEYS[2]  muai:underway     zset request id -> when it was submitted, ms
 -- ARGV[1]  seconds that a request is remembered as under way, should nobody ever answer it
 -- then for each message its lease and its id
 -- Returns  one word a message: run, wait (another message of this id is under way) or done (it has its answer)
 redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
 local TERMINAL = { SUCCESS = true, FAILURE = true, REVOKED = true }
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
 local function verdict(lease, id)
   local record = redis.pcall('GETRANGE', 'celery-task-meta-' .. id, 0, 63)
   if type(record) == 'string' and TERMINAL[string.match(record, '"status":%s*"(%u+)"') or ''] then return 'done' end
-  local mark = 'muai:submitted:' .. id
-  local holder = redis.call('GET', mark)
-  if holder and holder ~= lease and (holder == '1' or redis.call('ZSCORE', KEYS[1], holder)) then return 'wait' end
-  redis.call('SET', mark, lease, 'EX', ARGV[1])
+  local holder = redis.call('GET', 'muai:running:' .. id)
+  if holder then
+    if holder ~= lease and redis.call('ZSCORE', KEYS[1], holder) then return 'wait' end
+  elseif redis.call('ZSCORE', KEYS[2], id) then -- of our own client
+    return 'wait'
+  end
+  redis.call('SET', 'muai:running:' .. id, lease, 'EX', ARGV[1])
+  redis.call('ZADD', KEYS[2], now, id)
   return 'run'
 end
 

@@ -28,17 +28,20 @@ local out = { now, 0, 0, redis.call('ZCARD', KEYS[4]) }
 local taken, bytes, laned = 0, 0, 0
 
 local function lease(list, tenant, messages)
+  if #messages == 0 then return 0 end
   local last = redis.call('INCRBY', KEYS[3], #messages) - #messages
-  for _, message in ipairs(messages) do
-    last = last + 1
-    local id = string.format('%d', last)
+  local stored, scores = {}, {}
+  for i, message in ipairs(messages) do
+    local id = string.format('%d', last + i)
     if tenant ~= '' then id = id .. '/' .. tenant end
-    redis.call('HSET', KEYS[2], id, list .. '\n' .. message)
-    redis.call('ZADD', KEYS[1], expiry, id)
+    stored[2 * i - 1], stored[2 * i] = id, list .. '\n' .. message
+    scores[2 * i - 1], scores[2 * i] = expiry, id
     out[#out + 1] = id
     out[#out + 1] = message
     bytes = bytes + #message
   end
+  redis.call('HSET', KEYS[2], unpack(stored))
+  redis.call('ZADD', KEYS[1], unpack(scores))
   taken = taken + #messages
   if tenant ~= '' then
     laned = laned + #messages

@@ -9,6 +9,7 @@
 -- KEYS[2]  muai:lease:messages  hash lease id -> list name, newline, message
 -- KEYS[3]  muai:dead            stream of dead letters
 -- KEYS[4]  muai:inflight        hash tenant -> leases of messages from its lanes
+-- KEYS[5]  muai:underway        zset request id -> when it was submitted, ms
 -- ARGV[1]  seconds that results and reply streams are kept
 -- ARGV[2]  most dead letters kept
 -- ARGV[3]  prefix of delayed leases
@@ -26,7 +27,7 @@
 redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
 local TERMINAL = { SUCCESS = true, FAILURE = true, REVOKED = true }
 local ttl, dead_capacity, delayed = ARGV[1], ARGV[2], ARGV[3]
-local replies = {}
+local replies, settled, ended = {}, {}, {}
 
 -- The record that stands: the one given, or the terminal one that was there before.
 local function record_result(key, record)
@@ -56,11 +57,11 @@ local function settle(lease, key, record, stream, target, message, side, reason,
       redis.call('ZADD', KEYS[1], due, delayed .. lease)
     end
   end
-  redis.call('HDEL', KEYS[2], lease)
+  settled[#settled + 1] = lease
   local stands = true
   if key ~= '' then
     record, stands = record_result(key, record)
-    if target == '' then redis.call('DEL', 'muai:submitted:' .. string.sub(key, #'celery-task-meta-' + 1)) end
+    if target == '' then ended[#ended + 1] = string.sub(key, #'celery-task-meta-' + 1) end
   end
   if stream ~= '' then
     redis.pcall('XADD', stream, '*', 'm', record) -- an error where the key is no stream concerns nobody else
@@ -80,6 +81,8 @@ local written = {}
 for i = 4, #ARGV, 9 do
   written[#written + 1] = settle(unpack(ARGV, i, i + 8))
 end
+if #settled > 0 then redis.call('HDEL', KEYS[2], unpack(settled)) end
+if #ended > 0 then redis.call('ZREM', KEYS[5], unpack(ended)) end
 for stream in pairs(replies) do
   redis.call('EXPIRE', stream, ttl)
 end
