@@ -24,6 +24,7 @@ READS = 100
 
 _HEAD = struct.Struct("q")  # the worker's last sign of life, in ns of the machine's steady clock
 _SLOT = struct.Struct(f"BIq{LONGEST_LEASE}s")  # length of the lease's id (0: free), checksum, last moment, id
+_FREE = bytes(struct.calcsize("BI"))
 _PRIME = 2**32 - 5  # a checksum starts from a number below 2 ** 32
 
 
@@ -79,8 +80,8 @@ class LeaseTable:
         _SLOT.pack_into(self._map, slot * SLOT_BYTES, len(name), crc32(name, last_ms % _PRIME), last_ms, name)
 
     def clear(self, slot: int) -> None:
-        """Hold the lease in this slot no longer."""
-        self._map[slot * SLOT_BYTES] = 0
+        """Hold the lease in this slot no longer. Its checksum goes too: what is written next is not to find it."""
+        self._map[slot * SLOT_BYTES : slot * SLOT_BYTES + len(_FREE)] = _FREE
 
     def grow(self) -> range:
         """Double the number of slots; returns the new ones. A reader finds them by itself."""

@@ -93,7 +93,7 @@ def test_asking_again_while_news_waits_to_be_read(make_fleet) -> None:
         connection.Producer(serializer="json").publish({}, routing_key="plain", exchange="")
         eventually(lambda: connection.drain_events(timeout=5) or taken, 20)
         taken[0].ack()
-    app.fleet.close()
+    app.fleet.stop()
 
 
 def test_an_acknowledgement_that_fails_lets_the_lease_lapse(tmp_path: Path, make_fleet) -> None:
@@ -116,7 +116,7 @@ def test_an_acknowledgement_that_fails_lets_the_lease_lapse(tmp_path: Path, make
 
             assert [lease for lease, _ in held] == [taken[0].delivery_tag]
             assert app.fleet.leases.table.read() == []
-        app.fleet.close()
+        app.fleet.stop()
 
 
 def test_what_a_consumer_leaves_open_goes_back(fleet: FleetUnderTest, redis_client: redis.Redis) -> None:
