@@ -72,8 +72,9 @@ def _convert(spec: ModelSpec, settings: Settings, folder: Path) -> Conversion:
         Role.CLASSIFIER: {GRAPH: onnx_graphs.TextGraph},
         Role.SEQ2SEQ: {ENCODER_GRAPH: onnx_graphs.ReadingGraph, GRAPH: onnx_graphs.WritingGraph},
     }
+    onnx_graphs.quieten()
     try:
-        with onnx_graphs.quiet(), torch.inference_mode():
+        with torch.inference_mode():
             for name, graph in graphs[conversion.role].items():
                 graph(original.model, conversion).export(folder / name)
                 if quantise:

@@ -10,8 +10,7 @@ import inspect
 import logging
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,9 @@ from workers.engines.onnx_files import Conversion, cache_names
 FREE = torch.export.Dim.DYNAMIC
 ROWS, QUERIES, CACHED, SOURCE = 2, 3, 5, 7
 """Sizes that a graph is traced with; they only must differ, and be none that a tracer takes for special (0 and 1)."""
+
+EXPORTERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+"""Whose warnings are not shown."""
 
 Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values of each layer, of shape (rows, heads, tokens, size)."""
@@ -221,17 +223,17 @@ def _tensors(cache: DynamicCache) -> list[torch.Tensor]:
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Exporters warn about everything they decide; what matters is whether the outcome validates."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "root")]
-    levels = [item.level for item in loggers]
-    try:
-        for item in loggers:
-            item.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for item, level in zip(loggers, levels, strict=True):
-            item.setLevel(level)
+def quieten() -> None:
+    """Exporters warn about everything they decide; what matters is whether the outcome validates.
+
+    Only what they say themselves is dropped, in whichever thread: the worker's own warnings go on.
+    """
+    for name in EXPORTERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger().addFilter(_not_of_the_quantiser)
+    warnings.filterwarnings("ignore", module=rf"({'|'.join(EXPORTERS)}|transformers|copyreg)\b")
+
+
+def _not_of_the_quantiser(record: logging.LogRecord) -> bool:
+    """Whether a record may pass: ONNX Runtime's quantiser speaks through the root logger."""
+    return record.levelno >= logging.ERROR or "onnxruntime" not in record.pathname
