@@ -21,6 +21,7 @@ from shared import keys, wire
 from shared.broker import broker_errors, connect, lua
 from shared.contract import EngineName, InferenceRequest, InferenceResult
 from shared.errors import BrokerUnavailable, Cancelled, FleetError, NoEngineAvailable, Overloaded
+from shared.queues import waiting
 from shared.registry import WorkerInfo, WorkerRegistry
 from shared.routing import choose, park
 from shared.settings import OnOutage, Settings
@@ -130,10 +131,10 @@ class Client:
     def _send(self, requests: Sequence[InferenceRequest]) -> None:
         """Choose an engine for each and push all of them, each id once; one that has its answer gets it."""
         new = self._submitter.submit([(request, self._choose(request)) for request in requests], time.time())
-        for request, pushed in zip(requests, new, strict=True):
-            if not pushed:
-                with suppress(FleetError):  # its handle looks again
-                    self.recover(request.id)
+        known = [request.id for request, pushed in zip(requests, new, strict=True) if not pushed]
+        if known:
+            with suppress(BrokerUnavailable):  # they are looked up again
+                self._seek(known)
 
     def map(
         self,
@@ -186,25 +187,25 @@ class Client:
         return [item if isinstance(item, InferenceResult | FleetError) else next(handles) for item in chunk]
 
     def _submit_each(self, chunk: list[RequestLike], timeout: float | None) -> Sequence[Handle | FleetError]:
-        try:
-            return self.submit_many(chunk, timeout=timeout) if chunk else []
-        except BrokerUnavailable as error:
-            return [error] * len(chunk)
-        except Overloaded as error:
-            # There will be room: results are on their way meanwhile. A smaller piece finds it sooner.
-            time.sleep(error.retry_after)
-            half = (len(chunk) + 1) // 2
-            pieces = (chunk[:half], chunk[half:]) if len(chunk) > 1 else (chunk,)
-            return [handle for piece in pieces for handle in self._submit_each(piece, timeout)]
-        except FleetError:
-            # One of them is bad: by themselves they say which.
-            handles: list[Handle | FleetError] = []
-            for request in chunk:
-                try:
-                    handles.append(self.submit_many([request], timeout=timeout)[0])
-                except FleetError as error:
+        handles: list[Handle | FleetError] = []
+        pieces = deque([chunk] if chunk else [])
+        while pieces:
+            piece = pieces.popleft()
+            try:
+                handles += self.submit_many(piece, timeout=timeout)
+            except BrokerUnavailable as error:
+                handles += [error] * len(piece)
+            except Overloaded as error:
+                # There will be room: results are on their way meanwhile. A smaller piece finds it sooner.
+                time.sleep(error.retry_after)
+                half = (len(piece) + 1) // 2
+                pieces.extendleft(part for part in (piece[half:], piece[:half]) if part)
+            except FleetError as error:
+                if len(piece) == 1:
                     handles.append(error)
-            return handles
+                else:  # one of them is bad: by themselves they say which
+                    pieces.extendleft([request] for request in reversed(piece))
+        return handles
 
     def _choose(self, request: InferenceRequest) -> EngineName:
         now = time.monotonic()
@@ -227,9 +228,12 @@ class Client:
     def handle(self, request_id: str) -> Handle:
         """The handle of a request that was submitted before, by this client or another."""
         (future,) = self._replies.expect([request_id])
-        handle = Handle(request_id, future, self)
-        self.recover(request_id)
-        return handle
+        self._seek([request_id])
+        return Handle(request_id, future, self)
+
+    def _seek(self, request_ids: Sequence[str]) -> None:
+        with broker_errors(self._fleet, "look up a result"):
+            self._replies.seek(self._redis, request_ids)
 
     def status(self, request_id: str) -> RequestStatus:
         """Where a request is."""
@@ -274,18 +278,10 @@ class Client:
 
     def queue_lengths(self) -> dict[str, int]:
         """Messages that wait, by queue; under ``dead`` the dead letters, under ``leased`` those in workers' hands."""
-        queues = [*map(keys.queue_of, EngineName), keys.CONTROL_QUEUE]
-        with broker_errors(self._fleet, "count the queues"), self._redis.pipeline(transaction=False) as pipe:
-            for queue in queues:
-                for name in keys.lists_of(queue):
-                    pipe.llen(name)
-                pipe.hget(keys.queue_state(queue), "laned")
-            pipe.zcard(keys.LEASE_INDEX)
-            pipe.xlen(keys.DEAD_LETTERS)
-            counts = [int(count or 0) for count in pipe.execute()]
-        each = len(keys.PRIORITY_STEPS) + 1
-        lengths = {queue: sum(counts[i * each : (i + 1) * each]) for i, queue in enumerate(queues)}
-        return {**lengths, "leased": counts[-2], "dead": counts[-1]}
+        with broker_errors(self._fleet, "count the queues"):
+            lengths = waiting(self._redis, [*map(keys.queue_of, EngineName), keys.CONTROL_QUEUE])
+            leased, dead = self._redis.zcard(keys.LEASE_INDEX), self._redis.xlen(keys.DEAD_LETTERS)
+        return {**lengths, "leased": leased, "dead": dead}
 
 
 def _prepare(request: RequestLike, deadline: float | None) -> InferenceRequest:

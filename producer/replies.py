@@ -1,10 +1,13 @@
-"""Results come back on one stream per client, read by one thread."""
+"""Results come back on one stream per client, read by one thread; those that do not are looked up where they lie."""
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections.abc import Sequence
 from concurrent.futures import Future
+from itertools import islice
 from typing import Any
 
 import redis
@@ -25,6 +28,15 @@ TRIM_BYTES = 4 * 1024 * 1024
 
 WAKE_EXPIRES_SECONDS = 10
 
+ELSEWHERE_SECONDS = 0.2
+"""How often the results are looked up that go to another client's stream."""
+
+POLL_SECONDS = 5.0
+"""How often all others are, the oldest first, should their entries on the stream be lost."""
+
+LOOKED_UP = 1024
+"""How many at once."""
+
 
 class ReplyReader:
     """Fulfils the futures of this client's requests."""
@@ -33,6 +45,8 @@ class ReplyReader:
         self._fleet = fleet
         self.stream = keys.reply_stream(client_id)
         self._waiting: dict[str, Future[Outcome]] = {}
+        self._elsewhere: dict[str, None] = {}
+        self._everything_at = self._elsewhere_at = 0.0
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -56,6 +70,13 @@ class ReplyReader:
         with self._lock:
             for request_id in request_ids:
                 self._waiting.pop(request_id, None)
+                self._elsewhere.pop(request_id, None)
+
+    def seek(self, client: redis.Redis, request_ids: Sequence[str]) -> None:
+        """Look these up now, and from time to time those that have no result yet: another client submitted them."""
+        with self._lock:
+            self._elsewhere.update((request_id, None) for request_id in request_ids if request_id in self._waiting)
+        self._look_up(client, request_ids)
 
     def fulfil(self, record: bytes | str) -> None:
         """A record came: resolve its request's future. One that is not terminal, or not waited for, is passed."""
@@ -67,10 +88,20 @@ class ReplyReader:
         if outcome is not None:
             self.answer(request_id, outcome)
 
+    def found(self, request_id: str, record: bytes | str) -> None:
+        """A record was found under a request's id."""
+        try:
+            outcome = read(stored(record))[1]
+        except FleetError as error:
+            outcome = error
+        if outcome is not None:
+            self.answer(request_id, outcome)
+
     def answer(self, request_id: str, outcome: Outcome) -> None:
         """Resolve a request's future, where it is waited for."""
         with self._lock:
             future = self._waiting.pop(request_id, None)
+            self._elsewhere.pop(request_id, None)
         if future is not None:
             future.set_result(outcome)
 
@@ -95,6 +126,26 @@ class ReplyReader:
         finally:
             client.close()
 
+    def _due(self) -> list[str]:
+        """The requests whose results are to be looked up now."""
+        now = time.monotonic()
+        with self._lock:
+            if now >= self._everything_at:
+                self._everything_at = now + POLL_SECONDS
+                return list(islice(self._waiting, LOOKED_UP))
+            if self._elsewhere and now >= self._elsewhere_at:
+                self._elsewhere_at = now + ELSEWHERE_SECONDS
+                return list(islice(self._elsewhere, LOOKED_UP))
+        return []
+
+    def _look_up(self, client: redis.Redis, request_ids: Sequence[str]) -> None:
+        for start in range(0, len(request_ids), LOOKED_UP):
+            piece = request_ids[start : start + LOOKED_UP]
+            records: Any = client.mget([keys.result_key(request_id) for request_id in piece])
+            for request_id, record in zip(piece, records, strict=True):
+                if record is not None:
+                    self.found(request_id, record)
+
     def _run(self) -> None:
         client = connect(self._fleet, socket_timeout=BLOCK_MS / 1000 + self._fleet.socket_timeout_seconds)
         last = b"0"
@@ -102,7 +153,9 @@ class ReplyReader:
         failing = False
         while not self._closed.is_set():
             try:
-                replies: Any = client.xread({self.stream: last}, count=READ_COUNT, block=BLOCK_MS)
+                self._look_up(client, self._due())
+                block = int(1000 * ELSEWHERE_SECONDS) if self._elsewhere else BLOCK_MS
+                replies: Any = client.xread({self.stream: last}, count=READ_COUNT, block=block)
                 failing = False
                 if not replies:
                     continue

@@ -22,6 +22,9 @@ from shared.errors import PayloadTooLarge, UndecodableMessage
 
 HEADER = "muai"
 
+LONGEST_CHARACTER = 4
+"""Bytes of a character at the most."""
+
 MAX_HEADER_BYTES = 64 * 1024
 """Most that a message may hold beside its body."""
 
@@ -109,6 +112,12 @@ def check_size(size: int, most: int | None) -> None:
     """Raise :class:`PayloadTooLarge` for a request of ``size`` bytes where that is above ``most``."""
     if most is not None and size > most:
         raise PayloadTooLarge(f"the request is {size} bytes; at most {most} are accepted (fleet.max_payload_bytes)")
+
+
+def check_body(body: str, most: int) -> None:
+    """The same for a body of text, which is counted only where it may be too large."""
+    if LONGEST_CHARACTER * len(body) > most:
+        check_size(len(body.encode()), most)
 
 
 def dumps(value: Any) -> bytes:

@@ -30,7 +30,7 @@ from workers.delivery import Delivery
 from workers.devices.devices import Devices
 from workers.engines import engine_class
 from workers.events import TaskObserver
-from workers.intake import TEND_SECONDS, Intake, Services
+from workers.intake import Intake, Services
 from workers.leases import LeaseKeeper
 from workers.models import ModelManager
 from workers.outbox import BROKER_ERRORS
@@ -41,6 +41,9 @@ from workers.sweeper import Sweeper
 from workers.transport import Services as TransportServices
 
 logger = logging.getLogger(__name__)
+
+TEND_SECONDS = 0.25
+"""How often what runs is looked at for requests that were cancelled or have expired."""
 
 FRESH_SECONDS = 0.1
 """How old the list of live workers may be where a decision wants it fresh."""
@@ -122,7 +125,7 @@ class Fleet:
         self.observer = TaskObserver(app)
         services = Services(
             self.settings, self.delivery, self.leases, self.observer, Canvas(app), self.worker_id, self.live_workers,
-            self.refresh, self.announce_now, self.tend,
+            self.refresh, self.announce_now,
         )  # fmt: skip
         for name in engines:
             self._add(name, services)
@@ -259,11 +262,12 @@ class Fleet:
             logger.warning("cannot leave the registry: %s", error)
 
     def tend(self) -> None:
-        """Show that the loop lives, and drop what other workers have taken over. Called by the loop, often."""
+        """Show that the loop lives; end what other workers have taken over and what nobody wants. Called often."""
         lost = self.leases.tend()
-        if lost:
-            for intake in self.intakes.values():
+        for intake in self.intakes.values():
+            if lost:
                 intake.forget(lost)
+            intake.tend()
 
     # -- stop -------------------------------------------------------------------------------------------------------
 
@@ -318,8 +322,6 @@ class Fleet:
                 if now - tended >= TEND_SECONDS:
                     tended = now
                     self.tend()
-                    for intake in self.intakes.values():
-                        intake.tend()
                 if late or all(through):
                     self.client.ping()
                     if self.observer is not None:

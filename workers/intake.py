@@ -49,9 +49,6 @@ logger = logging.getLogger(__name__)
 PREFETCH_WINDOW = 0.02
 """Seconds before the running batch is expected to end at which the next one is claimed."""
 
-TEND_SECONDS = 0.25
-"""How often what runs is looked at for requests that were cancelled or have expired."""
-
 AHEAD_SHARE = 0.25
 """How much more than can run is claimed for an engine that batches by itself, so that no slot waits for the broker."""
 
@@ -75,7 +72,6 @@ class Services:
     live_workers: Callable[[], list[WorkerInfo]]
     refresh: Callable[[], None]
     announce: Callable[[], None]
-    tend: Callable[[], None]
 
 
 class Intake:
@@ -116,7 +112,6 @@ class Intake:
         self._hub = hub
         self._timer_at = float("inf")
         hub.call_soon(self._drain_soon)
-        hub.call_repeatedly(TEND_SECONDS, self.tend)
 
     def room(self) -> int:
         """How many more requests could start soon: nothing is claimed that another worker could run earlier."""
@@ -155,7 +150,7 @@ class Intake:
             self._outbox.fail(item, FleetError(f"the request could not be taken in: {type(error).__name__}"))
 
     def _admit(self, item: InFlight) -> None:
-        wire.check_size(len(item.body.encode()), self._services.settings.fleet.max_payload_bytes)
+        wire.check_body(item.body, self._services.settings.fleet.max_payload_bytes)
         eta = item.eta
         if eta is not None and eta > item.claimed:
             self._outbox.delay(item, eta)

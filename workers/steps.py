@@ -16,9 +16,8 @@ from celery.worker.consumer import Consumer
 from shared.contract import TASK_NAME, EngineName
 from shared.errors import BadRequest, ConfigurationError, FleetError, UndecodableMessage
 from workers import outcome
-from workers.fleet import Fleet
+from workers.fleet import TEND_SECONDS, Fleet
 from workers.inflight import LONGEST_NAMES, InFlight
-from workers.intake import TEND_SECONDS
 
 logger = logging.getLogger(__name__)
 

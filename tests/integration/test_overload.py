@@ -44,6 +44,18 @@ def test_a_file_of_requests_waits_for_room(make_fleet) -> None:
     assert texts == [str(number)[::-1] for number in range(150)]
 
 
+def test_a_bad_line_among_many_costs_no_other_its_answer_while_the_queue_is_full(make_fleet) -> None:
+    """Where a chunk is taken apart because of one member, its others wait for room like any."""
+    fleet = make_fleet(fleet={"queue_capacity": 3}, optimization={"fake": {"latency_ms": 5}})
+    fleet.start_worker()
+    requests = [{**ECHO, "model": "nobody" if number == 17 else "echo"} for number in range(60)]
+
+    outcomes = list(fleet.client.map(requests, errors="yield"))
+
+    failed = [number for number, outcome in enumerate(outcomes) if isinstance(outcome, FleetError)]
+    assert failed == [17]
+
+
 def test_a_tenant_is_held_to_its_rate(make_fleet) -> None:
     """Past its burst a tenant is refused with the time after which it may submit; others are not."""
     fleet = make_fleet(fleet={"tenants": {"acme": {"requests_per_second": 10, "burst": 5}}})

@@ -10,6 +10,7 @@ from celery import Celery
 
 from shared import keys
 from shared.contract import EngineName
+from shared.queues import waiting
 from shared.registry import WorkerInfo, WorkerRegistry
 
 logger = logging.getLogger(__name__)
@@ -18,10 +19,10 @@ WATCH_TASK = "muai.control.watch"
 WATCH_SECONDS = 10.0
 
 
-def stranded(waiting: Mapping[EngineName, int], workers: Sequence[WorkerInfo]) -> dict[EngineName, int]:
+def stranded(lengths: Mapping[EngineName, int], workers: Sequence[WorkerInfo]) -> dict[EngineName, int]:
     """The queues that hold messages and have no live worker, with how many."""
     served = {queue for worker in workers for queue in worker.queues}
-    return {engine: count for engine, count in waiting.items() if count and keys.queue_of(engine) not in served}
+    return {engine: count for engine, count in lengths.items() if count and keys.queue_of(engine) not in served}
 
 
 def register(app: Celery, client: redis.Redis, registry: WorkerRegistry) -> None:
@@ -29,15 +30,8 @@ def register(app: Celery, client: redis.Redis, registry: WorkerRegistry) -> None
 
     def watch() -> dict[str, int]:
         """Warn of queues whose messages nobody takes; returns them."""
-        with client.pipeline(transaction=False) as pipe:
-            for engine in EngineName:
-                for name in keys.lists_of(keys.queue_of(engine)):
-                    pipe.llen(name)
-                pipe.hget(keys.queue_state(keys.queue_of(engine)), "laned")
-            counts = [int(count or 0) for count in pipe.execute()]
-        each = len(keys.PRIORITY_STEPS) + 1
-        waiting = {engine: sum(counts[i * each : (i + 1) * each]) for i, engine in enumerate(EngineName)}
-        found = stranded(waiting, registry.live())
+        counts = waiting(client, [keys.queue_of(engine) for engine in EngineName])
+        found = stranded({engine: counts[keys.queue_of(engine)] for engine in EngineName}, registry.live())
         for engine, count in found.items():
             logger.warning(
                 "%d requests wait on %s and no live worker serves it; start one: celery -A workers worker -Q %s",
