@@ -26,8 +26,9 @@ from shared.registry import WorkerInfo, WorkerRegistry
 from shared.routing import choose, park
 from shared.settings import OnOutage, Settings
 
-REGISTRY_SECONDS = 1.0
-"""How old the list of live workers may be when an engine is chosen."""
+REGISTRY_SECONDS, STALE_SECONDS = 1.0, 3.0
+"""How old the list of live workers may be: past the first it is read again after a submission, while the answer is on
+its way; past the second no engine is chosen by it."""
 
 CHUNK = 64
 """Requests that :meth:`Client.map` submits at once."""
@@ -135,6 +136,9 @@ class Client:
         if known:
             with suppress(BrokerUnavailable):  # they are looked up again
                 self._seek(known)
+        if self._older_than(REGISTRY_SECONDS):
+            with suppress(BrokerUnavailable):  # it is read again
+                self.fleet()
 
     def map(
         self,
@@ -208,8 +212,7 @@ class Client:
         return handles
 
     def _choose(self, request: InferenceRequest) -> EngineName:
-        now = time.monotonic()
-        if now - self._workers_at > REGISTRY_SECONDS:
+        if self._older_than(STALE_SECONDS):
             self.fleet()
         key = (request.model, request.kind, request.engine_preference, request.features)
         engine = self._choices.get(key)
@@ -218,10 +221,17 @@ class Client:
         try:
             engine = self._choices[key] = choose(request, self._workers, self.settings)
         except NoEngineAvailable:
+            if self._older_than(REGISTRY_SECONDS):  # a worker may have come
+                self.fleet()
+                return self._choose(request)
             engine = park(request, self._workers, self.settings) if request.deadline is not None else None
             if engine is None:
                 raise
         return engine
+
+    def _older_than(self, seconds: float) -> bool:
+        """Whether the list of live workers is."""
+        return time.monotonic() - self._workers_at > seconds
 
     # -- requests that are under way --------------------------------------------------------------------------------
 

@@ -230,6 +230,8 @@ class InferenceRequest(Value):
     @property
     def features(self) -> frozenset[Feature]:
         """What it needs of an engine beyond its kind."""
+        if self.params.logprobs is None and self.params.json_schema is None:
+            return frozenset()
         asked = {Feature.LOGPROBS: self.params.logprobs, Feature.JSON_SCHEMA: self.params.json_schema}
         return frozenset(feature for feature, value in asked.items() if value is not None)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import cached_property
 from typing import Any
 
 from celery import Celery, signals
@@ -26,7 +27,7 @@ from workers.inflight import InFlight
 
 logger = logging.getLogger(__name__)
 
-FLUSH_SECONDS = 0.01
+FLUSH_SECONDS = 0.1
 """Events are published together this long after the first of them: one message for what would be a round trip each."""
 
 BUFFER_LIMIT = 2048
@@ -65,7 +66,7 @@ class TaskObserver:
         self.consumer: Any = None
         self._flush_due = False
 
-    @property
+    @cached_property
     def task(self) -> Task:
         """The task that requests are calls of."""
         task: Task = self._app.tasks[TASK_NAME]
@@ -129,7 +130,7 @@ class TaskObserver:
 
     def succeeded(self, item: InFlight, result: dict[str, Any], runtime: float) -> None:
         """A request's result was written. ``runtime`` is in seconds."""
-        state.task_ready(item, successful=True)
+        state.task_ready(item)
         self._send("task-succeeded", item, result="", runtime=runtime)
         if signals.task_success.receivers:
             with _Current(self.task, item):

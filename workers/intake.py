@@ -132,12 +132,10 @@ class Intake:
         usual = self._batcher.expected_duration(batch.key)
         return usual is not None and abs(batch.items[0].started + usual - now) <= PREFETCH_WINDOW
 
-    def receive(self, message: Any) -> None:
-        """Take one claimed message over from kombu: from here on only its lease counts."""
-        message.channel.qos.take(message.delivery_tag)
-        body = message.body if isinstance(message.body, str) else message.body.decode()
-        item = InFlight(message.delivery_tag, self.queue, message.headers, message.properties, body, time.time())
-        self._services.leases.hold(item.lease)
+    def receive(self, lease: str, envelope: dict[str, Any]) -> None:
+        """Take one claimed request over: from here on only its lease counts."""
+        self._services.leases.hold(lease)
+        item = InFlight(lease, self.queue, envelope["headers"], envelope["properties"], envelope["body"], time.time())
         self._taken += 1
         try:
             self._admit(item)

@@ -147,16 +147,11 @@ class IntakeStep(bootsteps.StartStopStep):
 
 
 def strategy(task: Task, app: Any, consumer: Any, **kwargs: Any) -> Any:  # noqa: ARG001  # Celery's signature
-    """Celery's hook for what happens to a received message: it goes to the intake of its queue."""
-    intakes = fleet_of(app).intakes
+    """Celery's hook for what happens to a received message. Those of an engine's queue go to its intake before."""
 
     def receive(message: Any, *_: Any, **__: Any) -> None:
-        intake = intakes.get(message.delivery_info["routing_key"])
-        if intake is not None:
-            intake.receive(message)
-        else:  # not an engine's queue
-            consumer.refuse(
-                message, BadRequest(f"{TASK_NAME} runs on the queues of the engines only: {', '.join(EngineName)}")
-            )
+        consumer.refuse(
+            message, BadRequest(f"{TASK_NAME} runs on the queues of the engines only: {', '.join(EngineName)}")
+        )
 
     return receive

@@ -23,6 +23,7 @@ from kombu.transport import redis as kombu_redis
 from redis.exceptions import OutOfMemoryError, ReadOnlyError
 
 from shared import keys, wire
+from shared.contract import TASK_NAME
 from shared.errors import BadRequest, PayloadTooLarge, UndecodableMessage
 from shared.signing import Signer
 from workers.delivery import LEFT_OUT_SECONDS, Claim, Claimed, Delivery, Outcome
@@ -43,6 +44,9 @@ class Intake(Protocol):
 
     def room(self) -> int:
         """How many messages it could start soon; asked before every claim."""
+
+    def receive(self, lease: str, envelope: dict[str, Any]) -> None:
+        """Take one claimed request over: from here on only its lease counts, whatever becomes of the connection."""
 
     def claimed(self, claim: Claim) -> None:
         """Called after every message of a claim was delivered."""
@@ -82,7 +86,7 @@ class LeaseQoS(kombu_redis.virtual.QoS):
         self.channel.leases.hold(delivery_tag)
 
     def take(self, delivery_tag: str) -> None:
-        """Leave a message to an intake: its lease is settled there, whatever becomes of this connection."""
+        """Forget a message whose lease is settled elsewhere."""
         self._quick_ack(delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
@@ -230,9 +234,9 @@ class Channel(kombu_redis.Channel):
                 self._look_at.pop(queue, None)
             if queue in self._unacknowledged:
                 self.delivery.settle([Outcome(message.lease) for message in claim.messages])
-            for message in claim.messages:
-                self._hand_over(queue, message)
             intake = self.intakes.get(queue)
+            for message in claim.messages:
+                self._hand_over(queue, message, intake)
             if intake is not None:
                 intake.claimed(claim)
 
@@ -264,11 +268,16 @@ class Channel(kombu_redis.Channel):
         due = (queue for queue, when in self._look_at.items() if now >= when)
         return any(self.room(queue) > 0 for queue in (*due, *(q for q, waiting in self._backlog.items() if waiting)))
 
-    def _hand_over(self, queue: str, message: Claimed) -> None:
+    def _hand_over(self, queue: str, message: Claimed, intake: Intake | None) -> None:
+        """Requests go straight to their intake, everything else to Celery's consumer."""
         envelope = self._read(queue, message)
-        if envelope is not None:
-            envelope["properties"]["delivery_info"] = {"exchange": "", "routing_key": queue}
-            self.connection._deliver(envelope, queue)
+        if envelope is None:
+            return
+        if intake is not None and envelope["headers"].get("task") == TASK_NAME:
+            intake.receive(message.lease, envelope)
+            return
+        envelope["properties"]["delivery_info"] = {"exchange": "", "routing_key": queue}
+        self.connection._deliver(envelope, queue)
 
     def _read(self, queue: str, message: Claimed) -> dict[str, Any] | None:
         """The envelope of a claimed message; ``None`` where it is refused, which is settled here."""

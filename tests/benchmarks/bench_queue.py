@@ -4,6 +4,8 @@ Same broker, same payload, same machine, the same answer computed; the three alt
 runs as it does for users: task events on, results stored for any AsyncResult and sent to the client's reply stream. The
 others run as theirs do, with a result for every request; dramatiq has the threads that serve it best here.
 
+Beside them, the floor under a lone request on this machine: a message through two lists of the broker and back.
+
 After that, ours alone: what a worker costs that has nothing to do, and what a request costs while a million wait.
 """
 
@@ -33,6 +35,7 @@ from tests.benchmarks.harness import (
     wait_for,
     write_yaml,
 )
+from tests.benchmarks.ping_pong import PING, PONG
 from tests.benchmarks.queue_depth import Backlog, cost_us, require_memory
 
 PROMPT = "x" * 200
@@ -95,13 +98,18 @@ class Side:
         wall, own = time.perf_counter() - started, time.process_time() - own
         worker, broker = cpu_seconds(self.worker) - worker, cpu_seconds(self.broker) - broker
         worker_us, broker_us, own_us = (seconds / self.count * 1e6 for seconds in (worker, broker, own))
-        return Round(self.count / wall, worker_us, broker_us, own_us, sorted(self._lone() for _ in range(self.idle)))
+        return Round(self.count / wall, worker_us, broker_us, own_us, lone_ms(self.one, self.idle))
 
-    def _lone(self) -> float:
+
+def lone_ms(one: Callable[[], object], count: int) -> list[float]:
+    """How long each of ``count`` lone calls took, in order of size."""
+    found = []
+    for _ in range(count):
         time.sleep(random.uniform(0, PAUSE_SECONDS))
         started = time.perf_counter()
-        self.one()
-        return (time.perf_counter() - started) * 1000
+        one()
+        found.append((time.perf_counter() - started) * 1000)
+    return sorted(found)
 
 
 def main() -> None:
@@ -142,7 +150,14 @@ def main() -> None:
             with (
                 celery_worker(plain, environ, folder / "plain.log") as plain_worker,
                 module_process(DRAMATIQ, environ, folder / "dramatiq.log") as dramatiq_worker,
+                module_process(["tests.benchmarks.ping_pong"], environ, folder / "floor.log"),
+                redis.Redis.from_url(url, socket_timeout=None) as pinger,
             ):
+
+                def ping() -> None:
+                    pinger.lpush(PING, PROMPT)
+                    pinger.blpop([PONG])
+
                 sides = [
                     fleet,
                     plain_side(plain_worker, broker, options.plain_count, options.idle // 10),
@@ -150,7 +165,11 @@ def main() -> None:
                 ]
                 for side in sides:
                     side.warm_up()
-                rounds = [[side.measure() for side in sides] for _ in range(options.rounds)]
+                ping()
+                rounds, floor = [], []
+                for _ in range(options.rounds):
+                    rounds.append([side.measure() for side in sides])
+                    floor += lone_ms(ping, options.idle)
             idle_percent = idle_cpu_percent(worker, options.idle_seconds)
             with redis.Redis.from_url(url) as connection:
                 backlog = Backlog(connection, "fake", "echo")
@@ -161,6 +180,9 @@ def main() -> None:
                     backlog.drop()
                     costs.append((shallow, deep))
     show([side.name for side in sides], rounds)
+    floor.sort()
+    print(f"floor_p50_ms: {floor[len(floor) // 2]:.3f}")
+    print(f"floor_p99_ms: {floor[int(len(floor) * 0.99)]:.3f}")
     each = ", ".join(f"{shallow:.0f} -> {deep:.0f}" for shallow, deep in costs)
     print(f"worker and broker us/request, {SHALLOW:,} -> {options.waiting:,} waiting, a round each: {each}")
     print(f"cost_at_1m_vs_1k: {median([deep / shallow for shallow, deep in costs]):.3f}")
