@@ -12,6 +12,7 @@ from typing import Any
 
 import redis
 
+from producer.handle import POLL_SECONDS
 from producer.records import Outcome, read, stored
 from shared import keys
 from shared.broker import connect
@@ -31,11 +32,8 @@ WAKE_EXPIRES_SECONDS = 10
 ELSEWHERE_SECONDS = 0.2
 """How often the results are looked up that go to another client's stream."""
 
-POLL_SECONDS = 5.0
-"""How often all others are, the oldest first, should their entries on the stream be lost."""
-
 LOOKED_UP = 1024
-"""How many at once."""
+"""How many at once. All others are looked up each ``POLL_SECONDS``, the oldest first: their entries may be lost."""
 
 
 class ReplyReader:

@@ -17,7 +17,7 @@ import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from kombu.transport import redis as kombu_redis
 from redis.exceptions import OutOfMemoryError, ReadOnlyError
@@ -410,7 +410,15 @@ class Transport(kombu_redis.Transport):
     """Kombu's Redis transport with claims and leases."""
 
     Channel = Channel
+    _ticks: ClassVar[set[Any]] = set()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cycle = Poller()
+
+    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        """Kombu leaves its callback in the loop when a connection is gone, and with it all that the connection was."""
+        loop.on_tick -= self._ticks
+        before = set(loop.on_tick)
+        super().register_with_event_loop(connection, loop)
+        Transport._ticks = loop.on_tick - before

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
 import redis
 from kombu import Connection, Consumer, Queue
+from kombu.asynchronous import Hub
 
 from shared import keys
 from shared.embedded import EmbeddedBroker
@@ -136,3 +139,24 @@ def test_what_a_consumer_leaves_open_goes_back(fleet: FleetUnderTest, redis_clie
 
     assert redis_client.llen("open") == 5
     assert redis_client.zcard(keys.LEASE_INDEX) == 0
+
+
+def test_a_connection_leaves_nothing_in_the_loop(fleet: FleetUnderTest) -> None:
+    """After a reconnect the loop calls what belongs to the new connection only, and the old one can go."""
+    app, hub = create_app(fleet.settings), Hub()
+    gone = []
+    try:
+        for _ in range(3):
+            with app.connection_for_read() as connection:
+                connection.connect()
+                connection.transport.register_with_event_loop(connection.connection, hub)
+                gone.append(weakref.ref(connection.transport))
+            hub.reset()
+            hub.timer.clear()
+        del connection
+        gc.collect()
+
+        assert len(hub.on_tick) == 1
+        assert [reference() is None for reference in gone] == [True, True, False]
+    finally:
+        hub.close()
