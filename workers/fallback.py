@@ -45,7 +45,7 @@ class Fallback:
         settings: Settings,
         worker_id: str,
         live_workers: Callable[[], Sequence[WorkerInfo]],
-        refresh: Callable[[], None],
+        refresh: Callable[[float], None],
     ) -> None:
         self._engine = engine
         self._models = models
@@ -65,12 +65,13 @@ class Fallback:
             history = "; ".join([*(f"{hop.engine}: {hop.error}" for hop in hops), f"{self._engine}: {error}"])
             raise type(error)(f"no engine could serve the request ({history})") from None
 
-    def elsewhere(self, request: InferenceRequest, hops: Sequence[Hop]) -> FallbackDecision:
+    def elsewhere(self, request: InferenceRequest, hops: Sequence[Hop], sent: float) -> FallbackDecision:
         """The request came to a queue whose engine cannot serve it here: another worker or engine may.
 
-        This is rare, and a refusal is final, so it is decided on fresh news of who lives.
+        This is rare, and a refusal is final, so it is decided on fresh news of who lives: at least as fresh as what its
+        sender, at ``sent`` (seconds since the epoch), went by.
         """
-        self._refresh()
+        self._refresh(sent)
         if self._peer_serves(request):
             return FallbackDecision(None)
         error = self._models.failures().get(request.model) if self._models is not None else None

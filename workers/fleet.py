@@ -179,10 +179,13 @@ class Fleet:
         """The workers of the fleet as of the last heartbeat."""
         return self._live
 
-    def refresh(self) -> None:
-        """Ask who lives now, unless that was asked just before: many requests may want to know at once."""
-        now = time.monotonic()
-        if now - self._live_at >= FRESH_SECONDS:
+    def refresh(self, since: float) -> None:
+        """Ask who lives now, unless that was asked just before, and after ``since`` (seconds since the epoch).
+
+        Many requests may want to know at once.
+        """
+        now = time.time()
+        if not max(since, now - FRESH_SECONDS) <= self._live_at <= now:
             self._live = self.registry.live()
             self._live_at = now
 
@@ -250,7 +253,7 @@ class Fleet:
             try:
                 self.registry.announce(self.describe())
                 self._check_broker()
-                self.refresh()
+                self.refresh(time.time())
                 self.delivery.share_out(sum(info.max_batch_size for w in self._live for info in w.engines))
                 self.rescuer.look(time.monotonic())
             except (redis.RedisError, FleetError, OSError) as error:

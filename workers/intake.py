@@ -70,7 +70,7 @@ class Services:
     canvas: Canvas
     worker_id: str
     live_workers: Callable[[], list[WorkerInfo]]
-    refresh: Callable[[], None]
+    refresh: Callable[[float], None]
     announce: Callable[[], None]
 
 
@@ -159,7 +159,7 @@ class Intake:
         if self._unwanted(item, item.claimed):
             return
         if not self._runner.models.serves(request.model, request.kind, request.features):
-            self._go_on(item, self._fallback.elsewhere(request, item.hops))
+            self._go_on(item, self._fallback.elsewhere(request, item.hops, item.sent))
             return
         last_moment = item.last_moment()
         if last_moment is not None:

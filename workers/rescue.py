@@ -40,7 +40,7 @@ class Rescuer:
         self._due: dict[EngineName, float] = {}
         self._fallbacks = {
             # Nothing is asked anew for each message: the heartbeat that looks has just asked who lives.
-            engine: Fallback(engine, None, settings, worker_id, live_workers, refresh=lambda: None)
+            engine: Fallback(engine, None, settings, worker_id, live_workers, refresh=lambda _: None)
             for engine in EngineName
         }
 
@@ -84,7 +84,7 @@ class Rescuer:
             item.request = request = item.validated(args, kwargs)
             if request.expired(now):
                 raise DeadlineExceeded(f"the request's deadline passed ({gone})")
-            decision = self._fallbacks[engine].elsewhere(request, item.hops)
+            decision = self._fallbacks[engine].elsewhere(request, item.hops, item.sent)
             if decision.engine is None:
                 due = min(now + decision.pause, item.last_moment() or float("inf"))
                 return outcome.delayed(item.lease, due)
