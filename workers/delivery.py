@@ -8,9 +8,10 @@ is no longer ours. So a request gets exactly one terminal record wherever a proc
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import redis
 
@@ -18,6 +19,7 @@ from shared import keys
 from shared.broker import lua
 from shared.contract import DEFAULT_TENANT
 from shared.settings import FleetSettings
+from workers.pipeline import Pipeline
 
 SAME = "="
 """In an outcome: the list or the message as it was claimed."""
@@ -103,7 +105,7 @@ class Swept:
 
 
 class Delivery:
-    """The scripts over one broker connection pool. Safe to use from several threads."""
+    """The scripts over one broker connection pool. From any thread; the loop uses what ends in ``soon``."""
 
     def __init__(self, client: redis.Redis, fleet: FleetSettings) -> None:
         self._fleet = fleet
@@ -112,6 +114,7 @@ class Delivery:
         self._settle_keys = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.DEAD_LETTERS, keys.IN_FLIGHT, keys.UNDER_WAY]
         self._claim_keys: dict[str, list[str]] = {}
         self._client = client
+        self.pipeline = Pipeline(client)
         self.quotas = ""
         self._claim = client.register_script(lua("workers", "claim"))
         self._begin = client.register_script(lua("workers", "begin"))
@@ -130,19 +133,36 @@ class Delivery:
 
     def claim(self, queue: str, limit: int) -> Claim:
         """Lease up to ``limit`` messages of ``queue``, the most urgent and oldest first."""
+        names, args = self._claim_terms(queue, limit)
+        return _claim_of(self._claim(keys=names, args=args))
+
+    def claim_soon(self, queue: str, limit: int, then: Callable[[Claim], None], lost: Callable[[], None]) -> None:
+        """The same by the pipeline."""
+        names, args = self._claim_terms(queue, limit)
+        self.pipeline.run(self._claim, names, args, lambda rows: then(_claim_of(rows)), lost)
+
+    def _claim_terms(self, queue: str, limit: int) -> tuple[list[str], list[str | int]]:
         names = self._claim_keys.get(queue)
         if names is None:
             leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER, keys.CANCELLED]
             names = [*leases, keys.queue_state(queue), keys.IN_FLIGHT, *keys.lists_of(queue)]
             self._claim_keys[queue] = names
-        rows = self._claim(keys=names, args=[limit, self._lease_ms, self._fleet.starvation_limit, self.quotas])
-        messages = [Claimed(lease.decode(), payload) for lease, payload in zip(rows[4::2], rows[5::2], strict=True)]
-        return Claim(rows[0] / 1000, rows[1], rows[2], rows[3], messages)
+        return names, [limit, self._lease_ms, self._fleet.starvation_limit, self.quotas]
 
     def settle(self, outcomes: Sequence[Outcome]) -> list[bool]:
         """Write outcomes; ``False`` where the lease was no longer ours and nothing was written."""
         if not outcomes:
             return []
+        return _written(self._settle(keys=self._settle_keys, args=self._settle_terms(outcomes)))
+
+    def settle_soon(
+        self, outcomes: Sequence[Outcome], then: Callable[[list[bool]], None], lost: Callable[[], None]
+    ) -> None:
+        """The same by the pipeline. What was ``lost`` may be settled again: what was written stands."""
+        args = self._settle_terms(outcomes)
+        self.pipeline.run(self._settle, self._settle_keys, args, lambda flags: then(_written(flags)), lost)
+
+    def _settle_terms(self, outcomes: Sequence[Outcome]) -> list[str | bytes | int]:
         args: list[str | bytes | int] = [
             self._fleet.result_expires_seconds,
             self._fleet.dead_letter_capacity,
@@ -150,8 +170,7 @@ class Delivery:
         ]
         for outcome in outcomes:
             args.extend(outcome.arguments())
-        written = self._settle(keys=self._settle_keys, args=args)
-        return [flag == 1 for flag in written]
+        return args
 
     def begin(self, messages: Sequence[tuple[str, str]]) -> list[Verdict]:
         """Whether messages, each a lease and a request id, may run: for those that others than our client have sent."""
@@ -181,3 +200,12 @@ class Delivery:
             name, _, payload = stored.partition(b"\n")
             taken.append(Swept(lease.decode(), name.decode(), payload))
         return (None if rows[0] < 0 else rows[0] / 1000), taken
+
+
+def _claim_of(rows: list[Any]) -> Claim:
+    messages = [Claimed(lease.decode(), payload) for lease, payload in zip(rows[4::2], rows[5::2], strict=True)]
+    return Claim(rows[0] / 1000, rows[1], rows[2], rows[3], messages)
+
+
+def _written(flags: list[int]) -> list[bool]:
+    return [flag == 1 for flag in flags]

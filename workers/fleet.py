@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import redis
@@ -266,7 +267,7 @@ class Fleet:
 
     def tend(self) -> None:
         """Show that the loop lives; end what other workers have taken over and what nobody wants. Called often."""
-        lost = self.leases.tend()
+        lost = self.leases.tend(self.delivery.pipeline.wait)
         for intake in self.intakes.values():
             if lost:
                 intake.forget(lost)
@@ -305,6 +306,8 @@ class Fleet:
         hasten(self.client, STOP_TIMEOUT_SECONDS)
         self._stop.set()  # the heartbeat's thread takes this worker out of the registry
         self._news.set()
+        with suppress(*BROKER_ERRORS):  # it is told when the outcomes are written again
+            self.delivery.pipeline.detach()
         self.heard = self._drain()
         busy = any(i.busy for i in self.intakes.values()) or not all(r.loaded.is_set() for r in self._runners)
         self.idle = self._unload(time.monotonic() + (BUSY_SECONDS if busy else UNLOAD_SECONDS))

@@ -274,7 +274,7 @@ class Intake:
         self._put_back(self._batcher.drain())
         if not self._running and self._unwanted(item, now):
             self._alone = None
-        self._outbox.flush()  # before it starts: nothing of what was put back is to be lost with this worker
+        self._outbox.flush(wait=True)  # before it starts: nothing of what was put back is to be lost with this worker
         if not self._running and self._alone is not None:
             self._start(Batch(ALONE, [item], item.tokens, FlushReason.SIZE, now - item.claimed), now)
 

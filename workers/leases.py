@@ -13,7 +13,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, cast
@@ -55,6 +55,7 @@ class LeaseKeeper:
         self._free: list[int] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._started = float("-inf")
+        self._gone: set[str] = set()
         self._unread = b""
 
     def hold(self, lease: str, deadline: float | None = None) -> None:
@@ -118,10 +119,15 @@ class LeaseKeeper:
             poll.register(_end(self._process.stdout), select.POLLIN)
             poll.poll(START_SECONDS * 1000)
 
-    def tend(self) -> set[str]:
-        """Give a sign of life and see to the process. Returns leases that others have; they are not held any longer."""
+    def tend(self, settled: Callable[[], None] = lambda: None) -> set[str]:
+        """Give a sign of life and see to the process. Returns leases that others have; they are not held any longer.
+
+        ``settled`` releases what has been settled before it was called: that is not held any longer either.
+        """
         self.table.sign()
-        lost = self._slots.keys() & self._news()
+        self._gone |= self._news()
+        settled()
+        lost, self._gone = self._slots.keys() & self._gone, set()
         self.release(lost)
         if lost:
             logger.warning("%d leases were lost to other workers: %s", len(lost), ", ".join(sorted(lost)[:SHOWN]))

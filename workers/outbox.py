@@ -96,21 +96,33 @@ class Outbox:
     def _given_back(self, item: InFlight) -> Callable[[], None]:
         return partial(self._observer.given_back, item)
 
-    def flush(self) -> None:
-        """Write every outcome that waits. Where the broker fails they stay, and are written when it is back."""
+    def flush(self, wait: bool = False) -> None:
+        """Write every outcome that waits. Where the broker fails they stay, and are written when it is back.
+
+        The loop takes in later what has become of them, unless it is to ``wait``.
+        """
         while self._waiting:
             chunk = self._waiting[:AT_ONCE]
             for ended in chunk:
                 self._prepare(ended)
-            written = self._delivery.settle([ended.outcome for ended in chunk])
             del self._waiting[: len(chunk)]
-            self._leases.release([ended.outcome.lease for ended in chunk])
-            self.settled += len(chunk)
-            for ended, stands in zip(chunk, written, strict=True):
-                if stands:
-                    ended.after()
-                else:  # another worker has it, or it had its answer before
-                    self._observer.given_back(ended.item)
+            self._delivery.settle_soon(
+                [ended.outcome for ended in chunk], partial(self._settled, chunk), partial(self._lost, chunk)
+            )
+        if wait:
+            self._delivery.pipeline.wait()
+
+    def _settled(self, chunk: list[_Ended], written: list[bool]) -> None:
+        self._leases.release([ended.outcome.lease for ended in chunk])
+        self.settled += len(chunk)
+        for ended, stands in zip(chunk, written, strict=True):
+            if stands:
+                ended.after()
+            else:  # another worker has it, or it had its answer before
+                self._observer.given_back(ended.item)
+
+    def _lost(self, chunk: list[_Ended]) -> None:
+        self._waiting[:0] = chunk
 
     def _prepare(self, ended: _Ended) -> None:
         """Do what comes before an outcome, once; where the broker fails it is tried again when it is back."""

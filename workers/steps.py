@@ -131,6 +131,7 @@ class IntakeStep(bootsteps.StartStopStep):
     def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
         """The loop is about to run: settle what was left over, then sweep every few seconds."""
         fleet = fleet_of(consumer.app)
+        fleet.delivery.pipeline.attach(hub)
         fleet.tend()
         hub.call_repeatedly(TEND_SECONDS, fleet.tend)
         for intake in fleet.intakes.values():

@@ -17,6 +17,7 @@ import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 from kombu.transport import redis as kombu_redis
@@ -140,6 +141,7 @@ class Channel(kombu_redis.Channel):
         self._backlog: dict[str, int] = {}
         self._look_at: dict[str, float] = {}
         self._unacknowledged: set[str] = set()
+        self._claiming: set[str] = set()
         super().__init__(*args, **kwargs)
         self.delivery = self.services.delivery
         self.leases = self.services.leases
@@ -171,7 +173,9 @@ class Channel(kombu_redis.Channel):
         connection = self.wake_connection()
         if again:
             self._armed_for.clear()
-        empty = {queue for queue in self.active_queues if not self._backlog.get(queue)} - self._armed_for
+        empty = (
+            {queue for queue in self.active_queues if not self._backlog.get(queue)} - self._claiming - self._armed_for
+        )
         if empty:
             self._armed_for |= empty
             self.unanswered += 1
@@ -213,32 +217,46 @@ class Channel(kombu_redis.Channel):
         return max(0, limit - (len(self.qos._delivered) - len(self.qos._dirty)))
 
     def claim_all(self) -> None:
-        """Claim from every queue that has room, and deliver."""
+        """Claim from every queue that has room.
+
+        The requests of an engine's queue are delivered when the answer comes; the loop goes on meanwhile.
+        """
         for queue in self.active_queues:
+            if queue in self._claiming:
+                continue
             room = self.room(queue)
             if room <= 0:
                 # It was not asked, so it may hold something.
                 self._backlog[queue] = max(1, self._backlog.get(queue, 0))
                 continue
-            asked = time.monotonic()
-            claim = self.delivery.claim(queue, room)
-            self._backlog[queue] = claim.waiting
-            if time.monotonic() - asked > STALE_SHARE * self.delivery.lease_seconds:
-                # Nobody has kept these leases yet, so some may have been taken over: what is ours goes back.
-                self.delivery.settle([Outcome.give_back(message.lease) for message in reversed(claim.messages)])
-                self._backlog[queue] = 1
-                continue
-            if claim.left_out and not claim.waiting:
-                self._look_at[queue] = time.monotonic() + LEFT_OUT_SECONDS
+            then = partial(self._claimed, queue, time.monotonic())
+            if queue in self.intakes:
+                self._claiming.add(queue)
+                self.delivery.claim_soon(queue, room, then, partial(self._claiming.discard, queue))
             else:
-                self._look_at.pop(queue, None)
-            if queue in self._unacknowledged:
-                self.delivery.settle([Outcome(message.lease) for message in claim.messages])
-            intake = self.intakes.get(queue)
-            for message in claim.messages:
-                self._hand_over(queue, message, intake)
-            if intake is not None:
-                intake.claimed(claim)
+                then(self.delivery.claim(queue, room))
+
+    def _claimed(self, queue: str, asked: float, claim: Claim) -> None:
+        """Deliver what a claim brought."""
+        self._claiming.discard(queue)
+        self._backlog[queue] = claim.waiting
+        consumed = queue in self.active_queues and not self.closed
+        if not consumed or time.monotonic() - asked > STALE_SHARE * self.delivery.lease_seconds:
+            # Nobody has kept these leases yet, so some may have been taken over: what is ours goes back.
+            self.delivery.settle([Outcome.give_back(message.lease) for message in reversed(claim.messages)])
+            self._backlog[queue] = 1
+            return
+        if claim.left_out and not claim.waiting:
+            self._look_at[queue] = time.monotonic() + LEFT_OUT_SECONDS
+        else:
+            self._look_at.pop(queue, None)
+        if queue in self._unacknowledged:
+            self.delivery.settle([Outcome(message.lease) for message in claim.messages])
+        intake = self.intakes.get(queue)
+        for message in claim.messages:
+            self._hand_over(queue, message, intake)
+        if intake is not None:
+            intake.claimed(claim)
 
     def _queue_bind(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -266,7 +284,8 @@ class Channel(kombu_redis.Channel):
         """Whether a queue with room is known to hold messages."""
         now = time.monotonic() if self._look_at else 0.0
         due = (queue for queue, when in self._look_at.items() if now >= when)
-        return any(self.room(queue) > 0 for queue in (*due, *(q for q, waiting in self._backlog.items() if waiting)))
+        held = (queue for queue, waiting in self._backlog.items() if waiting)
+        return any(queue not in self._claiming and self.room(queue) > 0 for queue in (*due, *held))
 
     def _hand_over(self, queue: str, message: Claimed, intake: Intake | None) -> None:
         """Requests go straight to their intake, everything else to Celery's consumer."""
