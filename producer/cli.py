@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -42,7 +41,6 @@ from shared.settings import Settings
 from shared.settings_loader import configuration_file
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-POLL_FIRST, POLL_LONGEST = 0.02, 0.5
 ANSWER_GRACE = 2.0
 """Seconds that the news of a passed deadline may take."""
 
@@ -172,19 +170,14 @@ def result(
 ) -> None:
     """Print the answer to a request that was submitted before."""
     with Client(settings=settings_of(config, redis_url)) as client:
-        deadline = time.monotonic() + timeout
-        pause = POLL_FIRST
-        # Its answer goes to whoever submitted it, so all that can be done here is to look.
-        while (outcome := client.recover(request_id)) is None:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                kept = client.settings.fleet.result_expires_seconds
-                raise TimeoutError(
-                    f"request {request_id} has no result: it is under way, nobody has submitted it, or it ended more "
-                    f"than {kept} s ago"
-                )
-            time.sleep(min(pause, left))
-            pause = min(pause * 2, POLL_LONGEST)
+        try:
+            outcome = client.handle(request_id).outcome(timeout, through_outages=False)
+        except TimeoutError:
+            kept = client.settings.fleet.result_expires_seconds
+            raise TimeoutError(
+                f"request {request_id} has no result: it is under way, nobody has submitted it, or it ended more "
+                f"than {kept} s ago"
+            ) from None
         _print_outcome(outcome, raw=raw)
 
 

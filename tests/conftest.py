@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -25,6 +27,7 @@ from shared.settings_loader import load_settings
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 170.0
 STOP_SECONDS = 40.0
+OURS = re.compile(r"(shared|producer|workers)\b")
 
 
 def eventually(condition: Callable[[], Any], timeout: float = 20.0, what: str = "the condition") -> Any:
@@ -37,6 +40,15 @@ def eventually(condition: Callable[[], Any], timeout: float = 20.0, what: str = 
         if time.monotonic() > deadline:
             raise AssertionError(f"{what} did not come true within {timeout} s; last: {value!r}")
         time.sleep(0.02)
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_heard() -> Iterator[None]:
+    """No test leaves our loggers silent: others, which look for a warning, would fail in its place."""
+    yield
+    ours = [logging.getLogger(name) for name in sorted(logging.root.manager.loggerDict) if OURS.match(name)]
+    silent = [logger.name for logger in ours if not logger.isEnabledFor(logging.WARNING)]
+    assert not silent, f"silent from now on: {silent}"
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from shared import keys
 from shared.embedded import EmbeddedBroker
 from shared.settings import FleetSettings
 from tests.conftest import eventually
-from workers import leases
 from workers.lease_table import FIRST_SLOTS
 from workers.leases import LeaseKeeper
 
@@ -124,10 +123,8 @@ def test_without_a_sign_of_life_leases_lapse(make_keeper, redis_client: redis.Re
     eventually(lambda: expiries(redis_client)["1"] > lapsed, 15, "a renewal")
 
 
-def test_a_process_that_is_killed_is_started_again(make_keeper, redis_client: redis.Redis, monkeypatch) -> None:
+def test_a_process_that_is_killed_is_started_again(make_keeper, redis_client: redis.Redis, caplog) -> None:
     """The loop notices, says so, and nothing that is held is lost."""
-    said: list[str] = []
-    monkeypatch.setattr(leases.logger, "warning", lambda text, *values: said.append(text % values))
     keeper = make_keeper(lease_seconds=6)
     claim(redis_client, "1")
     keeper.hold("1")
@@ -140,7 +137,9 @@ def test_a_process_that_is_killed_is_started_again(make_keeper, redis_client: re
 
     eventually(kept, 20, "a renewal by another process")
 
-    assert said == ["the process that keeps leases ended (-9); it is started again"]
+    assert [record.getMessage() for record in caplog.records if record.name == "workers.leases"] == [
+        "the process that keeps leases ended (-9); it is started again"
+    ]
 
 
 def test_signals_are_the_workers_to_heed(make_keeper, redis_client: redis.Redis) -> None:

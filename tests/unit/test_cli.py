@@ -1,5 +1,6 @@
 """The command line where no broker is needed: its errors, the configuration, the doctor's judgement."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from shared.settings import ModelSpec, ModelsSettings, Settings
 
 
 @pytest.fixture
-def muai(monkeypatch, capsys, tmp_path):
+def muai(monkeypatch, capsys, caplog, tmp_path):
     """Run a command in an empty directory: ``(exit status, output, error output)``."""
     monkeypatch.chdir(tmp_path)
     for name in ("MUAI_CONFIG", "REDIS_URL"):
         monkeypatch.delenv(name, raising=False)
+    caplog.set_level(logging.NOTSET, "producer.replies")  # the command changes it: it is put back afterwards
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["muai", *arguments])
