@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,11 +110,21 @@ class Pipeline:
 
     def _readable(self) -> None:
         if not self._under_way:  # nothing was asked: the broker has closed the connection
-            self._leave()
+            with suppress(redis.ConnectionError):
+                if self._more():
+                    self._leave()
         while self._under_way:
             self._take()
-            if self._connection is None or not self._connection.can_read(timeout=0):
+            if not self._under_way or not self._more():
                 break
+
+    def _more(self) -> bool:
+        """Whether the broker has said something that is not taken in yet."""
+        try:
+            return self._connection is not None and self._connection.can_read(timeout=0)
+        except BaseException:
+            self._leave()
+            raise
 
     def _take(self) -> None:
         """Wait for the next answer, and do what follows upon it."""
