@@ -17,6 +17,9 @@ from kombu.asynchronous import Hub
 from redis.commands.core import Script
 from redis.exceptions import NoScriptError, ResponseError
 
+PATIENCE_SECONDS = 0.5
+"""How long a connection may say nothing to what was asked before another was made."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Sent:
@@ -44,8 +47,15 @@ class Pipeline:
         self._under_way: deque[_Sent] = deque()
 
     def attach(self, hub: Hub) -> None:
-        """From now on this loop takes the answers in."""
+        """From now on this loop takes the answers in.
+
+        A loop begins with a connection to the broker. One from before that says nothing now has gone silent.
+        """
         self._hub = hub
+        self._client.connection_pool.disconnect(inuse_connections=False)
+        with suppress(redis.ConnectionError):
+            if not self._under_way or not self._more(PATIENCE_SECONDS):
+                self._leave()
         if self._connection is not None:
             hub.add_reader(self._reader, self._readable)
 
@@ -118,10 +128,10 @@ class Pipeline:
             if not self._under_way or not self._more():
                 break
 
-    def _more(self) -> bool:
-        """Whether the broker has said something that is not taken in yet."""
+    def _more(self, seconds: float = 0.0) -> bool:
+        """Whether the broker has said something that is not taken in yet, or does so within this time."""
         try:
-            return self._connection is not None and self._connection.can_read(timeout=0)
+            return self._connection is not None and self._connection.can_read(seconds)
         except BaseException:
             self._leave()
             raise
@@ -138,6 +148,11 @@ class Pipeline:
             self._under_way.popleft().lost()
             if self._connection._sock is None:  # it is left for a broker that can write
                 self._leave()
+            raise
+        except redis.TimeoutError:
+            # Connections that have been silent for longer will not answer either.
+            self._client.connection_pool.disconnect(inuse_connections=False)
+            self._leave()
             raise
         except BaseException:
             self._leave()

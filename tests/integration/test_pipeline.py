@@ -146,6 +146,29 @@ def test_a_broker_that_does_not_answer_is_not_waited_for_for_ever(own: EmbeddedB
     scripts.send("c")
     scripts.pipeline.wait()
     assert scripts.seen[-1] == "c"
+    scripts.pipeline.detach()
+
+
+def test_a_new_loop_leaves_a_connection_that_has_gone_silent(own: EmbeddedBroker, hub: Hub) -> None:
+    """What is under way on it is not waited for as long as a command may take. An answer that is there is taken in."""
+    scripts = Scripts(own, socket_timeout_seconds=60)
+    scripts.pipeline.attach(hub)
+    scripts.send("a", "b")
+    scripts.pipeline.attach(hub)
+    scripts.pipeline.wait()
+    assert scripts.seen == ["a", "b"]
+
+    own.send_signal(signal.SIGSTOP)
+    try:
+        scripts.send("c")
+        scripts.pipeline.attach(hub)
+        assert scripts.seen == ["a", "b", "lost c"]
+    finally:
+        own.send_signal(signal.SIGCONT)
+    scripts.send("d")
+    scripts.pipeline.wait()
+    assert scripts.seen[-1] == "d"
+    scripts.pipeline.detach()
 
 
 def test_an_idle_connection_that_is_closed_is_made_anew(own: EmbeddedBroker, hub: Hub) -> None:
