@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 import warnings
@@ -131,6 +132,7 @@ class IntakeStep(bootsteps.StartStopStep):
     def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
         """The loop is about to run: settle what was left over, then sweep every few seconds."""
         fleet = fleet_of(consumer.app)
+        gc.collect()  # what the connection before needed is half a megabyte of cycles, which nothing else collects soon
         fleet.delivery.pipeline.attach(hub)
         fleet.tend()
         hub.call_repeatedly(TEND_SECONDS, fleet.tend)
