@@ -287,7 +287,7 @@ def test_a_killed_run_is_taken_up_and_runs_nothing_twice(make_fleet, tmp_path):
 
 def test_an_interrupted_run_leaves_a_whole_file(make_fleet, tmp_path):
     """Ctrl-C ends with status 130 and says how to go on; so it does."""
-    fleet = make_fleet(optimization={"fake": {"latency_ms": 20}})
+    fleet = make_fleet(optimization={"fake": {"latency_ms": 100}})  # it runs for five seconds: the signal is in time
     fleet.start_worker()
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     prompts = write_prompts(source, 1500)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import psutil
 import pytest
 import redis
-from celery import Celery
 
 from producer import Client
 from shared import keys, wire
@@ -225,27 +227,36 @@ def test_the_same_id_is_answered_once(fleet: FleetUnderTest) -> None:
     assert (first.text, again.text) == ("olleh", "olleh")
 
 
-def test_a_stock_worker_takes_what_our_client_submits(make_fleet, broker) -> None:
+STOCK_APP = """
+from celery import Celery
+
+app = Celery("stock")
+
+@app.task(name="muai.infer")
+def infer(request):
+    text = "stock " + request["inputs"]["prompt"]
+    return {"outputs": {"text": text}, "engine_used": "fake", "latency_ms": 0, "batch_size": 1, "metadata": {}}
+"""
+
+
+def test_a_stock_worker_takes_what_our_client_submits(make_fleet, tmp_path: Path) -> None:
     """A message of our client is an ordinary Celery task: a stock worker of a stock app can run it."""
     fleet = make_fleet()
-    app = Celery("stock", broker=fleet.url, backend=fleet.url, set_as_current=False)
-    seen = []
+    request = InferenceRequest.parse({**ECHO, "id": "to-stock", "priority": "low"})
+    with redis.Redis.from_url(fleet.url) as broker:
+        broker.lpush(keys.list_of("fake", 6), wire.encode_request(request, "fake", sent=1.0))
+    (tmp_path / "stock.py").write_text(STOCK_APP)
+    command = [sys.executable, "-m", "celery", "-A", "stock", "-b", fleet.url, "--result-backend", fleet.url, "worker"]
 
-    @app.task(name="muai.infer", shared=False)
-    def infer(request):
-        seen.append(request["inputs"]["prompt"])
-        return {"outputs": {"text": "stock"}, "engine_used": "fake", "latency_ms": 0, "batch_size": 1, "metadata": {}}
+    with subprocess.Popen(
+        [*command, "-P", "solo", "-Q", "fake"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+    ) as worker:
+        try:
+            answer = fleet.client.handle("to-stock").result(60)
+        finally:
+            worker.terminate()
 
-    message = wire.encode_request(
-        InferenceRequest.parse({**ECHO, "id": "to-stock", "priority": "low"}), "fake", sent=1.0
-    )
-    redis.Redis.from_url(fleet.url).lpush(keys.list_of("fake", 6), message)
-    from celery.contrib.testing.worker import start_worker
-
-    with start_worker(app, pool="solo", queues=["fake"], perform_ping_check=False, shutdown_timeout=15):
-        assert fleet.client.handle("to-stock").result(10).text == "stock"
-
-    assert seen == ["hello"]
+    assert answer.text == "stock hello"
 
 
 def test_workers_come_back_when_the_broker_does(tmp_path, make_fleet) -> None:
