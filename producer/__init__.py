@@ -1,9 +1,9 @@
 """Submit inference requests to the fleet."""
 
-from producer.aio import AsyncClient, AsyncHandle
-from producer.client import Client
-from producer.handle import Handle
-from producer.records import RequestStatus
+from producer.client.aio import AsyncClient, AsyncHandle
+from producer.client.client import Client
+from producer.client.handle import Handle
+from producer.client.records import RequestStatus
 from shared.contract import InferenceRequest, InferenceResult, Kind, Priority, SamplingParams
 
 __all__ = [

@@ -16,17 +16,17 @@ from shared.settings import Settings
 from shared.tls import plain_url, tls_options
 from workers.control import watch
 from workers.fleet import Fleet
-from workers.steps import EngineStep, IntakeStep
+from workers.hooks.bootsteps import EngineStep, IntakeStep
 
 TRANSPORT = "muai-redis"
-TRANSPORT_ALIASES[TRANSPORT] = "workers.transport:Transport"
+TRANSPORT_ALIASES[TRANSPORT] = "workers.hooks.transport:Transport"
 
 
 class Infer(Task):
     """The task that requests are calls of. Its messages go to the engine's intake, never through the pool."""
 
     name = TASK_NAME
-    Strategy = "workers.steps:strategy"
+    Strategy = "workers.hooks.bootsteps:strategy"
     typing = False
     ignore_result = False
 
@@ -39,7 +39,7 @@ class FleetApp(Celery):
     """A Celery app with the fleet it serves."""
 
     fleet: Fleet
-    events_cls = "workers.events:FleetEvents"
+    events_cls = "workers.observe.celery_events:FleetEvents"
 
     @cached_property
     def Worker(self) -> Any:  # noqa: N802  # Celery's name
@@ -79,7 +79,7 @@ def create_app(settings: Settings) -> FleetApp:
         task_create_missing_queues=True,
         task_acks_late=True,
         task_reject_on_worker_lost=True,
-        worker_consumer="workers.steps:FleetConsumer",
+        worker_consumer="workers.hooks.bootsteps:FleetConsumer",
         worker_pool="solo",
         worker_concurrency=1,
         worker_prefetch_multiplier=1,

@@ -26,20 +26,20 @@ from shared.masking import masked_url
 from shared.registry import EngineInfo, WorkerInfo, WorkerRegistry
 from shared.settings import Settings
 from shared.signing import Signer
-from workers.canvas import Canvas
-from workers.delivery import Delivery
+from workers.broker.delivery import Delivery
+from workers.broker.leases import LeaseKeeper
 from workers.devices.devices import Devices
+from workers.ends.canvas import Canvas
+from workers.ends.outbox import BROKER_ERRORS
 from workers.engines import engine_class
-from workers.events import TaskObserver
-from workers.intake import Intake, Services
-from workers.leases import LeaseKeeper
-from workers.models import ModelManager
-from workers.outbox import BROKER_ERRORS
-from workers.parity import ParityGate
-from workers.rescue import Rescuer
-from workers.runner import BatchRunner, ContinuousRunner, EngineRunner, Event, Finished
-from workers.sweeper import Sweeper
-from workers.transport import Services as TransportServices
+from workers.hooks.transport import TransportParts
+from workers.models.manager import ModelManager
+from workers.models.parity import ParityGate
+from workers.observe.celery_events import TaskObserver
+from workers.path.intake import Intake, IntakeContext
+from workers.path.runner import BatchRunner, ContinuousRunner, EngineRunner, Event, Finished
+from workers.routing.rescuer import Rescuer
+from workers.routing.sweeper import Sweeper
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Fleet:
         """What the transport needs of us, and time limits on its connections."""
         fleet = self.settings.fleet
         return {
-            "services": TransportServices(
+            "services": TransportParts(
                 self.delivery, self.leases, self.intakes, Signer(fleet.signing_key), fleet.max_payload_bytes
             ),
             "socket_timeout": min(fleet.socket_timeout_seconds, EVENT_TIMEOUT_SECONDS),
@@ -122,9 +122,9 @@ class Fleet:
             app.amqp.queues.deselect(absent)
         self._queues = tuple(app.amqp.queues.consume_from)
         self.leases.start()
-        self.devices.take(engines, check=state.maybe_shutdown)
+        self.devices.acquire(engines, check=state.maybe_shutdown)
         self.observer = TaskObserver(app)
-        services = Services(
+        services = IntakeContext(
             self.settings, self.delivery, self.leases, self.observer, Canvas(app), self.worker_id, self.live_workers,
             self.refresh, self.announce_now,
         )  # fmt: skip
@@ -160,7 +160,7 @@ class Fleet:
             logger.error("%s; the other engines serve", reason)
         return found
 
-    def _add(self, name: EngineName, services: Services) -> None:
+    def _add(self, name: EngineName, services: IntakeContext) -> None:
         gate = ParityGate(name, self.settings, self.client)
         models = ModelManager(engine_class(name)(self.settings), self.settings, gate)
 
@@ -267,7 +267,7 @@ class Fleet:
 
     def tend(self) -> None:
         """Show that the loop lives; end what other workers have taken over and what nobody wants. Called often."""
-        lost = self.leases.tend(self.delivery.pipeline.wait)
+        lost = self.leases.tend(self.delivery.scripts.wait)
         for intake in self.intakes.values():
             if lost:
                 intake.forget(lost)
@@ -307,7 +307,7 @@ class Fleet:
         self._stop.set()  # the heartbeat's thread takes this worker out of the registry
         self._news.set()
         with suppress(*BROKER_ERRORS):  # it is told when the outcomes are written again
-            self.delivery.pipeline.detach()
+            self.delivery.scripts.detach()
         self.heard = self._drain()
         busy = any(i.busy for i in self.intakes.values()) or not all(r.loaded.is_set() for r in self._runners)
         self.idle = self._unload(time.monotonic() + (BUSY_SECONDS if busy else UNLOAD_SECONDS))

@@ -66,7 +66,7 @@ def infer_run(engine: EngineName, path: str, batch: int) -> Run:
 
 def vllm_run(path: str, batch: int) -> Run:
     """``AsyncLLM.generate`` with everything submitted at once."""
-    from workers.engines.vllm_options import engine_arguments, on_cuda, prepare_environment
+    from workers.engines.vllm.options import engine_arguments, on_cuda, prepare_environment
 
     settings = Settings().optimization.vllm.model_copy(update={"max_num_seqs": batch})
     prepare_environment(settings, not on_cuda())

@@ -23,7 +23,7 @@ from tests.conftest import ROOT, eventually
 from tests.contract.test_engines import DECODERS, MAX_TOKENS, generate, prompts, run
 from tests.tiny_models import greedy_reference, make_bert, mean_vectors
 from workers.engines.base import EngineOutput
-from workers.engines.deepspeed import DeepSpeedEngine, DeepSpeedModel
+from workers.engines.deepspeed.engine import DeepSpeedEngine, DeepSpeedModel
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 
@@ -114,7 +114,9 @@ def test_sampling_over_stages_is_that_of_one_process(load: Load) -> None:
 
 def test_the_worker_does_not_import_torch() -> None:
     """What runs in the worker leaves torch and DeepSpeed to the model's processes."""
-    code = "import sys, workers.engines.deepspeed; sys.exit('torch' in sys.modules or 'deepspeed' in sys.modules)"
+    code = (
+        "import sys, workers.engines.deepspeed.engine; sys.exit('torch' in sys.modules or 'deepspeed' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -221,7 +223,7 @@ def test_the_processes_do_not_outlive_the_worker(paths) -> None:
     plan = spec_of("llama", paths["llama"], SHAPES["tp2"]).model_dump(mode="json")
     code = (
         "from shared.settings import ModelSpec, Settings\n"
-        "from workers.engines.deepspeed import DeepSpeedEngine\n"
+        "from workers.engines.deepspeed.engine import DeepSpeedEngine\n"
         f"DeepSpeedEngine(Settings()).load(ModelSpec.model_validate({plan!r}))\n"
     )
     worker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)

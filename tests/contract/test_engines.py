@@ -20,7 +20,7 @@ from shared.settings import ModelSpec, Settings
 from tests.tiny_models import CONTEXT, greedy_reference, make_bert, make_gpt2, make_llama, make_qwen, mean_vectors
 from workers.engines import engine_class
 from workers.engines.base import EngineOutput, LoadedModel
-from workers.engines.onnx_export import META
+from workers.engines.onnx.export import META
 
 PROMPTS = 200
 MAX_TOKENS = 12
@@ -298,7 +298,7 @@ def test_a_missing_model_is_named_with_what_to_do(folder, engine: str) -> None:
 
 def test_conversion_is_reused_and_follows_the_weights(load, paths, folder, tmp_path) -> None:
     """A converted model is not converted again; other weights or options get a conversion of their own."""
-    from workers.engines.onnx_export import converted
+    from workers.engines.onnx.export import converted
 
     settings = Settings.model_validate({"models": {"cache_dir": str(folder / "cache")}})
     spec = ModelSpec(name="llama", path=str(paths["llama"]))

@@ -29,7 +29,7 @@ from tests.tiny_models import (
 )
 from workers.engines import engine_class
 from workers.engines.base import EngineOutput, LoadedModel
-from workers.engines.onnx_files import META
+from workers.engines.onnx.files import META
 
 TEXTS = 40
 MAX_TOKENS = 10
@@ -245,7 +245,7 @@ def test_texts_that_share_rows_are_embedded_as_if_alone(load, path) -> None:  # 
 def test_what_quantising_costs_is_kept_and_said(path, tmp_path, caplog) -> None:
     """Differences and the share of answers that stay the same are beside the conversion and in the log."""
     settings = {"models": {"cache_dir": str(tmp_path)}, "optimization": {"onnx": {"enable_quantization": True}}}
-    with caplog.at_level(logging.INFO, "workers.engines.onnx_export"):
+    with caplog.at_level(logging.INFO, "workers.engines.onnx.export"):
         model = fresh("onnx", path("bert"), settings, kinds=["embed"])
 
     (kept,) = tmp_path.glob(f"onnx/*/{META}")

@@ -14,9 +14,9 @@ from shared.errors import BadRequest, EngineLoadError
 from shared.settings import ModelSpec, Settings
 from tests.tiny_models import make_llama
 from workers.engines.base import Engine
-from workers.engines.onnx import OnnxEngine
-from workers.engines.pytorch import PyTorchEngine
-from workers.engines.text import TextCodec
+from workers.engines.common.text import TextCodec
+from workers.engines.onnx.engine import OnnxEngine
+from workers.engines.pytorch.engine import PyTorchEngine
 
 CODE = """
 from pathlib import Path

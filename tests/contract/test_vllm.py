@@ -28,7 +28,7 @@ from workers.engines.base import EngineOutput
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-engines")
 
-from workers.engines.vllm import VLLMEngine, VLLMModel  # after the check that vLLM is here
+from workers.engines.vllm.engine import VLLMEngine, VLLMModel  # after the check that vLLM is here
 
 Load = Callable[..., VLLMModel]
 

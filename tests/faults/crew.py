@@ -25,7 +25,7 @@ from tests.faults import worker
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([
-    "tests.faults.worker", "workers.celery", "workers.transport",
+    "tests.faults.worker", "workers.celery", "workers.hooks.transport",
     "celery.bin.celery", "celery.apps.worker", "celery.app.amqp", "celery.app.control", "celery.app.events",
     "celery.app.log", "celery.backends.redis", "celery.concurrency.solo", "celery.fixups.django", "celery.loaders.app",
     "celery.worker.autoscale", "celery.worker.components", "celery.worker.consumer.delayed_delivery",

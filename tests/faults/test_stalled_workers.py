@@ -13,7 +13,7 @@ import redis
 
 from shared import keys
 from tests.conftest import FleetUnderTest, eventually
-from tests.integration.test_submitting import ECHO
+from tests.integration.client.test_submitting import ECHO
 
 LEASE = 0.6
 FLEET = {"lease_seconds": LEASE, "sweep_seconds": 0.2, "heartbeat_seconds": 0.2}
@@ -42,7 +42,7 @@ def stalls(tmp_path: Path) -> dict[str, str]:
 def keeper_of(worker: subprocess.Popen[bytes]) -> psutil.Process:
     """The process that keeps a worker's leases."""
     children = psutil.Process(worker.pid).children()
-    return next(child for child in children if child.cmdline()[-1] == "workers.lease_process")
+    return next(child for child in children if child.cmdline()[-1] == "workers.broker.lease_process")
 
 
 def leased(client: redis.Redis) -> dict[str, float]:

@@ -63,7 +63,7 @@ class Devices:
 
     # -- taking and releasing ---------------------------------------------------------------------------------------
 
-    def take(self, engines: Iterable[EngineName], check: Callable[[], None] = lambda: None) -> None:
+    def acquire(self, engines: Iterable[EngineName], check: Callable[[], None] = lambda: None) -> None:
         """Lease what ``engines`` need and confine CUDA to it; wait for it where others have it.
 
         ``check`` is called every half second of the wait and ends it by raising. Time without a broker does not count

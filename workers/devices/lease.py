@@ -53,7 +53,7 @@ class GpuLeases:
         self._client = client
         self.lease_seconds = lease_seconds
         self._holder = GpuHolder(worker=worker_id, host=platform.node(), pid=os.getpid()).model_dump_json()
-        self._script = client.register_script(lua("workers", "gpu_lease"))
+        self._script = client.register_script(lua("workers.devices", "gpu_lease"))
 
     def acquire(self, candidates: Sequence[str], count: int) -> Lease | None:
         """Lease ``count`` of ``candidates`` at once, the first ones that are free; ``None`` where too few are."""

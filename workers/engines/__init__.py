@@ -10,10 +10,10 @@ from shared.errors import ConfigurationError
 from workers.engines.base import Engine
 
 _CLASSES: dict[EngineName, str] = {
-    EngineName.VLLM: "workers.engines.vllm:VLLMEngine",
-    EngineName.DEEPSPEED: "workers.engines.deepspeed:DeepSpeedEngine",
-    EngineName.ONNX: "workers.engines.onnx:OnnxEngine",
-    EngineName.PYTORCH: "workers.engines.pytorch:PyTorchEngine",
+    EngineName.VLLM: "workers.engines.vllm.engine:VLLMEngine",
+    EngineName.DEEPSPEED: "workers.engines.deepspeed.engine:DeepSpeedEngine",
+    EngineName.ONNX: "workers.engines.onnx.engine:OnnxEngine",
+    EngineName.PYTORCH: "workers.engines.pytorch.engine:PyTorchEngine",
     EngineName.FAKE: "workers.engines.fake:FakeEngine",
 }
 

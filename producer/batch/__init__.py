@@ -1,0 +1,1 @@
+"""Files of requests: one request a line in, one answer a line out."""

@@ -1,0 +1,1 @@
+"""Submitting requests and waiting for their answers."""

@@ -1,0 +1,170 @@
+"""More than the fleet can take: queues have bounds, senders are told when to come back, nobody is starved."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from celery import Celery
+
+from producer import InferenceResult
+from shared import keys
+from shared.errors import DeadlineExceeded, FleetError, QueueFull, QuotaExceeded
+from tests.conftest import eventually
+from tests.integration.client.test_submitting import ECHO
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(make_fleet) -> None:
+    """Past the capacity a submit is refused whole; the wait it is told fits the rate at which the queue empties."""
+    fleet = make_fleet(
+        fleet={"queue_capacity": 60}, optimization={"fake": {"latency_ms": 100}, "batcher": {"max_batch_size": 5}}
+    )
+    fleet.start_worker()
+    handles = [handle for _ in range(6) for handle in fleet.client.submit_many([ECHO] * 10)]
+    eventually(lambda: fleet.client.queue_lengths()["fake"] <= 20, 20, "a queue that empties")
+    handles += fleet.client.submit_many([ECHO] * 40)
+    started = time.monotonic()
+
+    with pytest.raises(QueueFull) as refused:
+        fleet.client.submit_many([ECHO] * 30)
+
+    assert time.monotonic() - started < 1
+    assert 0.1 < refused.value.retry_after < 3  # about 50 a second leave it, and some 10 to 20 places are missing
+    assert fleet.client.queue_lengths()["fake"] <= 60
+    assert all(isinstance(handle.outcome(20), InferenceResult) for handle in handles)
+
+
+def test_a_file_of_requests_waits_for_room(make_fleet) -> None:
+    """``map`` over more than the queue holds loses nothing and fails nothing, also with room for less than a chunk."""
+    fleet = make_fleet(fleet={"queue_capacity": 7}, optimization={"fake": {"latency_ms": 5}})
+    fleet.start_worker()
+
+    texts = [result.text for result in fleet.client.map({**ECHO, "inputs": {"prompt": f"{n}"}} for n in range(150))]
+
+    assert texts == [str(number)[::-1] for number in range(150)]
+
+
+def test_a_bad_line_among_many_costs_no_other_its_answer_while_the_queue_is_full(make_fleet) -> None:
+    """Where a chunk is taken apart because of one member, its others wait for room like any."""
+    fleet = make_fleet(fleet={"queue_capacity": 3}, optimization={"fake": {"latency_ms": 5}})
+    fleet.start_worker()
+    requests = [{**ECHO, "model": "nobody" if number == 17 else "echo"} for number in range(60)]
+
+    outcomes = list(fleet.client.map(requests, errors="yield"))
+
+    failed = [number for number, outcome in enumerate(outcomes) if isinstance(outcome, FleetError)]
+    assert failed == [17]
+
+
+def test_a_tenant_is_held_to_its_rate(make_fleet) -> None:
+    """Past its burst a tenant is refused with the time after which it may submit; others are not."""
+    fleet = make_fleet(fleet={"tenants": {"acme": {"requests_per_second": 10, "burst": 5}}})
+    fleet.start_worker()
+    acme = {**ECHO, "tenant": "acme"}
+    fleet.client.submit_many([acme] * 5)
+
+    with pytest.raises(QuotaExceeded) as refused:
+        fleet.client.submit(acme)
+
+    assert 0 < refused.value.retry_after <= 0.1
+    assert fleet.client.submit(ECHO).result(10)
+    eventually(lambda: taken(fleet.client, acme), 5, "a token")
+
+
+def taken(client, request) -> bool:
+    """Whether the fleet takes it."""
+    try:
+        return client.submit(request).result(10) is not None
+    except QuotaExceeded:
+        return False
+
+
+def test_the_spec_s_name_for_the_capacity_counts_where_it_is_set(make_fleet) -> None:
+    """``monitoring.server.queue_capacity`` is the bound where somebody sets it."""
+    fleet = make_fleet({"monitoring": {"server": {"queue_capacity": 3}}})
+    fleet.start_worker("fake")
+    fleet.client.fleet()
+    fleet.processes[0].terminate()
+    fleet.processes[0].wait(30)
+
+    fleet.client.submit_many([ECHO] * 3, timeout=30)
+    with pytest.raises(QueueFull):
+        fleet.client.submit(ECHO, timeout=30)
+
+
+def test_a_deadline_that_cannot_be_met_costs_the_engine_nothing(make_fleet) -> None:
+    """Once it is known how long such requests take, one with less time left is told so while it waits."""
+    fleet = make_fleet(optimization={"fake": {"latency_ms": 400}})
+    fleet.start_worker()
+    for _ in range(3):
+        fleet.client.submit(ECHO).result(10)
+    started = time.monotonic()
+
+    outcome = fleet.client.submit(ECHO, timeout=0.35).outcome(10)
+
+    assert isinstance(outcome, DeadlineExceeded)
+    assert "cannot be met" in outcome.message
+    assert time.monotonic() - started < 0.3
+
+
+def test_an_id_that_others_send_twice_runs_once_at_a_time(make_fleet, redis_client) -> None:
+    """A plain Celery app sends the same id several times, while it runs and after: one run, one result for all."""
+    fleet = make_fleet(optimization={"fake": {"latency_ms": 700}})
+    worker = fleet.start_worker()
+    app = Celery("plain", broker=fleet.url, backend=fleet.url)
+    send = {"kwargs": {"request": ECHO}, "queue": "fake", "task_id": "same"}
+    results = [app.send_task("muai.infer", **send)]
+    eventually(lambda: redis_client.zcard(keys.LEASE_INDEX), 10, "the first to run")
+    results += [app.send_task("muai.infer", **send) for _ in range(3)]
+
+    assert len({str(result.get(timeout=20)) for result in results}) == 1
+    app.send_task("muai.infer", **send)
+    eventually(lambda: sum(fleet.client.queue_lengths().values()) == 0, 20, "the end of all copies")
+
+    assert fleet.client.submit({**ECHO, "id": "same"}).result(5)
+    (stats,) = app.control.inspect(timeout=5).stats().values()
+    assert stats["total"] == {"muai.infer": 1}
+    assert worker.poll() is None
+
+
+def test_a_flood_costs_others_nothing(make_fleet) -> None:
+    """While one tenant has hundreds waiting, another's requests are answered at once, and low priority moves on."""
+    fleet = make_fleet(
+        optimization={"fake": {"latency_ms": 20}, "batcher": {"max_batch_size": 4}}, fleet={"starvation_limit": 5}
+    )
+    fleet.start_worker()
+    flood = fleet.client.submit_many([{**ECHO, "tenant": "flood", "priority": "high"}] * 600)
+    low = fleet.client.submit_many([{**ECHO, "tenant": "flood", "priority": "low"}] * 20)
+
+    for _ in range(10):
+        outcome = fleet.client.submit({**ECHO, "tenant": "small", "priority": "high"}).outcome(20)
+        assert not isinstance(outcome, FleetError)
+
+    assert sum(handle.done() for handle in flood) < 300
+    assert all(handle.result(60) for handle in low)
+    assert sum(handle.done() for handle in flood) < 500
+    assert all(handle.result(60) for handle in flood)
+
+
+def test_a_full_broker_refuses_requests_and_is_emptied_all_the_same(make_fleet, redis_client) -> None:
+    """Out of memory, the broker takes no request; what waits is claimed, kept, answered and cancelled nevertheless."""
+    fleet = make_fleet(fleet={"lease_seconds": 1}, optimization={"fake": {"latency_ms": 1500}})
+    worker = fleet.start_worker()
+    handles = fleet.client.submit_many(
+        [{**ECHO, "tenant": tenant} for tenant in ("default", "acme") for _ in range(40)]
+    )
+    last = fleet.client.submit({**ECHO, "priority": "low"})
+    redis_client.config_set("maxmemory", 1)
+    try:
+        started = time.monotonic()
+        with pytest.raises(FleetError):
+            fleet.client.submit(ECHO)
+        assert time.monotonic() - started < 1
+        assert last.cancel()
+        assert all(isinstance(handle.outcome(30), InferenceResult) for handle in handles)
+        assert {handle.outcome(1).metadata["worker"] for handle in handles} == {fleet.client.fleet()[0].id}
+    finally:
+        redis_client.config_set("maxmemory", 0)
+    assert eventually(lambda: fleet.client.submit(ECHO), 5, "room").result(20)
+    assert worker.poll() is None
+    assert "taken over" not in fleet.log(worker)

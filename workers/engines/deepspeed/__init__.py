@@ -1,0 +1,1 @@
+"""DeepSpeed: models are held by processes of their own."""

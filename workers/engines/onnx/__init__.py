@@ -1,0 +1,1 @@
+"""ONNX Runtime: models are exported once and run as graphs."""

@@ -1,0 +1,1 @@
+"""vLLM: requests join its running batch."""

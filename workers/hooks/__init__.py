@@ -1,0 +1,1 @@
+"""Where the fleet hooks into Celery and kombu."""

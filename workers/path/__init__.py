@@ -1,0 +1,1 @@
+"""A request's way through an engine: admission, batching, running, ending."""

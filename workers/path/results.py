@@ -1,0 +1,43 @@
+"""The result of a request, as its caller sees it. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shared.contract import EngineName
+from workers.engines.base import EngineOutput
+from workers.path.runner import Finished
+
+
+def result_of(done: Finished, output: EngineOutput, engine: EngineName, worker_id: str, now: float) -> dict[str, Any]:
+    """The fields of :class:`shared.contract.InferenceResult`; ``now`` is in seconds since the epoch."""
+    item, usage = done.item, output.usage
+    return {
+        "outputs": output.outputs,
+        "engine_used": engine,
+        "latency_ms": _ms(now - item.sent),
+        "batch_size": done.batch_size,
+        "cache_hit": output.cache_hit,
+        "metadata": {
+            **output.metadata,
+            "model": item.request.model if item.request is not None else "",
+            "worker": worker_id,
+            "timing": {
+                "queued_ms": _ms(item.claimed - item.sent),
+                "batched_ms": _ms(item.started - item.claimed),
+                "prefill_ms": round(output.prefill_ms, 3),
+                "decode_ms": round(output.decode_ms, 3),
+                "engine_ms": round(done.ran_ms, 3),
+            },
+            "usage": {
+                "prompt_tokens": usage.prompt_tokens,
+                "completion_tokens": usage.completion_tokens,
+                "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            },
+            "hops": [hop.model_dump(mode="json") for hop in item.hops],
+        },
+    }
+
+
+def _ms(seconds: float) -> float:
+    return round(max(0.0, seconds) * 1000, 3)

@@ -1,0 +1,114 @@
+"""Where a request goes when it cannot be answered here: the next engine, another worker of the queue, or nowhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from shared.contract import EngineName, Hop, InferenceRequest
+from shared.errors import EngineError, FleetError, NoEngineAvailable, UnknownModel, UnsupportedKind
+from shared.registry import WorkerInfo
+from shared.routing import chain, choose, tried
+from shared.settings import Settings
+from workers.models.manager import ModelManager
+
+PASS_ON_SECONDS = 0.02
+"""How long a request that another worker of the queue must run stays out of reach of this one."""
+
+WAIT_SECONDS = 0.5
+"""How long a request that no engine can serve now waits before it is looked at again, within its deadline."""
+
+
+@dataclass(frozen=True, slots=True)
+class FallbackDecision:
+    """Go on to the queue of ``engine``; ``None`` is this queue again, after ``pause`` seconds.
+
+    ``error`` is what failed here and goes into the history; ``None`` where nothing did.
+    """
+
+    engine: EngineName | None
+    error: FleetError | None = None
+    pause: float = PASS_ON_SECONDS
+
+
+class Fallback:
+    """Decides for one engine of one worker. A decision that there is no way on is raised as the caller's error.
+
+    ``models`` is ``None`` where the worker does not have that engine: it decides for a queue that nobody serves.
+    """
+
+    def __init__(
+        self,
+        engine: EngineName,
+        models: ModelManager | None,
+        settings: Settings,
+        worker_id: str,
+        live_workers: Callable[[], Sequence[WorkerInfo]],
+        refresh: Callable[[float], None],
+    ) -> None:
+        self._engine = engine
+        self._models = models
+        self._settings = settings
+        self._worker_id = worker_id
+        self._live_workers = live_workers
+        self._refresh = refresh
+
+    def after_failure(self, request: InferenceRequest, hops: Sequence[Hop], error: FleetError) -> FallbackDecision:
+        """The engine failed with ``error``. Raises the error with the history where no engine is left."""
+        here = Hop(engine=self._engine, error=str(error), time=time.time(), outage=error.outage)
+        try:
+            return FallbackDecision(self._next(request, [*hops, here]), error)
+        except NoEngineAvailable:
+            if error.outage and self._may_wait(request, [*hops, here]):
+                return FallbackDecision(self._engine, error)
+            history = "; ".join([*(f"{hop.engine}: {hop.error}" for hop in hops), f"{self._engine}: {error}"])
+            raise type(error)(f"no engine could serve the request ({history})") from None
+
+    def elsewhere(self, request: InferenceRequest, hops: Sequence[Hop], sent: float) -> FallbackDecision:
+        """The request came to a queue whose engine cannot serve it here: another worker or engine may.
+
+        This is rare, and a refusal is final, so it is decided on fresh news of who lives: at least as fresh as what its
+        sender, at ``sent`` (seconds since the epoch), went by.
+        """
+        self._refresh(sent)
+        if self._peer_serves(request):
+            return FallbackDecision(None)
+        error = self._models.failures().get(request.model) if self._models is not None else None
+        try:
+            return FallbackDecision(self._next(request, hops), error)
+        except NoEngineAvailable as unavailable:
+            refusal = self._refusal(request, unavailable)
+            if refusal is unavailable and self._may_wait(request, hops):
+                return FallbackDecision(None, None, WAIT_SECONDS)
+            if error is not None and refusal is unavailable:
+                raise EngineError(f"{self._engine}: {error}; {unavailable}") from None
+            raise refusal from None
+
+    def _next(self, request: InferenceRequest, hops: Sequence[Hop]) -> EngineName:
+        return choose(request, self._live_workers(), self._settings, {self._engine, *tried(hops)})
+
+    def _may_wait(self, request: InferenceRequest, hops: Sequence[Hop]) -> bool:
+        """Whether an engine that is out of service now may be back within the deadline."""
+        left = set(chain(request, self._settings)) - tried(hops)
+        return bool(left) and request.deadline is not None and request.deadline > time.time() + WAIT_SECONDS
+
+    def _peer_serves(self, request: InferenceRequest) -> bool:
+        return any(
+            worker.serves(self._engine, request.model, request.kind, request.features)
+            for worker in self._live_workers()
+            if worker.id != self._worker_id
+        )
+
+    def _refusal(self, request: InferenceRequest, unavailable: NoEngineAvailable) -> FleetError:
+        catalog = self._settings.models.catalog
+        spec = catalog.get(request.model)
+        if spec is None:
+            known = ", ".join(sorted(catalog)) or "none"
+            return UnknownModel(f"no model named {request.model!r} is declared; there are: {known}")
+        if request.kind not in spec.kinds:
+            kinds = ", ".join(spec.kinds)
+            return UnsupportedKind(
+                f"model {request.model!r} does not serve {request.kind} requests; it serves: {kinds}"
+            )
+        return unavailable

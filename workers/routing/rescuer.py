@@ -1,0 +1,93 @@
+"""What waits on a queue that no live worker serves moves on to the next engine that can serve it, or fails."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from shared import keys, wire
+from shared.contract import EngineName
+from shared.errors import BadRequest, DeadlineExceeded, EngineOutage, FleetError
+from shared.registry import WorkerInfo
+from shared.settings import Settings
+from workers.broker.delivery import Delivery, LeasedMessage, Settlement
+from workers.ends import ending
+from workers.requests.inflight import InFlight
+from workers.routing.fallback import Fallback
+
+logger = logging.getLogger(__name__)
+
+AT_ONCE = 256
+MOST = 4096
+"""Messages that one look moves."""
+
+
+class Rescuer:
+    """Run it at every heartbeat of every worker: claims are atomic, so it needs no lock."""
+
+    def __init__(
+        self,
+        delivery: Delivery,
+        settings: Settings,
+        worker_id: str,
+        live_workers: Callable[[], Sequence[WorkerInfo]],
+    ) -> None:
+        self._delivery = delivery
+        self._after = settings.fleet.rescue_after_seconds
+        self._max_bytes = settings.fleet.max_payload_bytes
+        self._live_workers = live_workers
+        self._due: dict[EngineName, float] = {}
+        self._fallbacks = {
+            # Nothing is asked anew for each message: the heartbeat that looks has just asked who lives.
+            engine: Fallback(engine, None, settings, worker_id, live_workers, refresh=lambda _: None)
+            for engine in EngineName
+        }
+
+    def look(self, now: float) -> int:
+        """Move what has waited long enough; returns how many messages. ``now`` is in seconds of a steady clock."""
+        served = {queue for worker in self._live_workers() for queue in worker.queues}
+        moved = 0
+        for engine in EngineName:
+            if keys.queue_of(engine) in served:
+                self._due.pop(engine, None)
+            elif now >= self._due.setdefault(engine, now + self._after):
+                moved += self._move(engine)
+        return moved
+
+    def _move(self, engine: EngineName) -> int:
+        moved = 0
+        while moved < MOST:
+            claim = self._delivery.claim(keys.queue_of(engine), AT_ONCE)
+            if not claim.messages:
+                break
+            self._delivery.settle([self.judge(engine, message, claim.now) for message in claim.messages])
+            moved += len(claim.messages)
+        if moved:
+            logger.warning("no live worker serves %s: %d requests of its queue were dealt with", engine, moved)
+        return moved
+
+    def judge(self, engine: EngineName, message: LeasedMessage, now: float) -> Settlement:
+        """Where one message goes. ``now`` is in seconds since the epoch."""
+        try:
+            envelope = wire.decode_envelope(message.payload, self._max_bytes)
+            item = InFlight(
+                message.lease, keys.queue_of(engine), envelope["headers"], envelope["properties"], envelope["body"], now
+            )
+            args, kwargs, item.embed = item.decode()
+        except BadRequest as error:
+            return Settlement(message.lease, dead_reason=str(error))
+        gone = EngineOutage(f"no live worker serves the {engine} queue")
+        try:
+            if item.eta is not None and item.eta > now:
+                return ending.delayed(item.lease, item.eta)
+            item.request = request = item.validated(args, kwargs)
+            if request.expired(now):
+                raise DeadlineExceeded(f"the request's deadline passed ({gone})")
+            decision = self._fallbacks[engine].elsewhere(request, item.hops, item.sent)
+            if decision.engine is None:
+                due = min(now + decision.pause, item.last_moment() or float("inf"))
+                return ending.delayed(item.lease, due)
+        except FleetError as error:
+            return ending.failed(item, error)
+        return ending.hopped(item, decision.engine, gone, engine, time.time())
