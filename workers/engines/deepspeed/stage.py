@@ -1,4 +1,4 @@
-"""PipelinedScripts parallelism: a decoder's layers cut into stages, one process (or tensor-parallel group) a stage.
+"""Pipeline parallelism: a decoder's layers cut into stages, one process (or tensor-parallel group) a stage.
 
 ``deepspeed.init_inference`` has no pipeline, and DeepSpeed's ``PipelineModule`` runs training schedules without a
 key-value cache. So each stage is the model's own class with its share of the layers, and hidden states go from stage
