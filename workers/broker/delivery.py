@@ -42,12 +42,13 @@ class LeasedMessage:
 class Claim:
     """What a claim brought.
 
-    ``now`` is the broker's clock in seconds, ``waiting`` is 0 where nothing is left that may be claimed, ``left_out``
-    how many tenants have their share of what is in flight, ``cancelled`` how many cancellations are remembered.
+    ``now`` is the broker's clock in seconds (0 where there was nothing to claim), ``waiting`` whether more is left that
+    may be claimed, ``left_out`` how many tenants have their share of what is in flight, ``cancelled`` how many
+    cancellations are remembered.
     """
 
     now: float
-    waiting: int
+    waiting: bool
     left_out: int
     cancelled: int
     messages: list[LeasedMessage]
@@ -136,16 +137,22 @@ class Delivery:
         names, args = self._claim_terms(queue, limit)
         return _claim_of(self._claim(keys=names, args=args))
 
-    def claim_soon(self, queue: str, limit: int, then: Callable[[Claim], None], lost: Callable[[], None]) -> None:
-        """The same by the pipelined connection."""
+    def claim_soon(
+        self, queue: str, limit: int, then: Callable[[Claim], None], lost: Callable[[], None], scripts: PipelinedScripts
+    ) -> None:
+        """The same by a pipelined connection, which brings news of the queue's lists once they were found empty."""
         names, args = self._claim_terms(queue, limit)
-        self.scripts.run(self._claim, names, args, lambda rows: then(_claim_of(rows)), lost)
+        scripts.run(self._claim, names, args, lambda rows: then(_claim_of(rows)), lost)
+
+    def pipeline(self) -> PipelinedScripts:
+        """A pipelined connection for claims outside the loop."""
+        return PipelinedScripts(self._client)
 
     def _claim_terms(self, queue: str, limit: int) -> tuple[list[str], list[str | int]]:
         names = self._claim_keys.get(queue)
         if names is None:
             leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER, keys.CANCELLED]
-            names = [*leases, keys.queue_state(queue), keys.IN_FLIGHT, *keys.lists_of(queue)]
+            names = [*leases, keys.queue_state(queue), keys.IN_FLIGHT, *keys.lists_of(queue), *keys.lanes_of(queue)]
             self._claim_keys[queue] = names
         return names, [limit, self._lease_ms, self._fleet.starvation_limit, self.quotas]
 
@@ -204,7 +211,7 @@ class Delivery:
 
 def _claim_of(rows: list[Any]) -> Claim:
     messages = [LeasedMessage(lease.decode(), payload) for lease, payload in zip(rows[4::2], rows[5::2], strict=True)]
-    return Claim(rows[0] / 1000, rows[1], rows[2], rows[3], messages)
+    return Claim(rows[0] / 1000, rows[1] > 0, rows[2], rows[3], messages)
 
 
 def _written(flags: list[int]) -> list[bool]:
