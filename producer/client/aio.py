@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, Self
 
 from producer.client.client import Client, RequestLike
-from producer.client.handle import POLL_SECONDS, Handle
-from producer.client.records import Outcome, RequestStatus
+from producer.client.handle import Handle
+from producer.client.records import POLL_SECONDS, Outcome, RequestStatus
 from shared.contract import InferenceResult
 from shared.errors import FleetError
 from shared.registry import WorkerInfo

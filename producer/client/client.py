@@ -13,8 +13,8 @@ from typing import Any, Literal, Self
 
 from producer.client.dead import DeadLetters
 from producer.client.handle import Handle
-from producer.client.outage import policy
-from producer.client.records import Outcome, RequestStatus, read, status_of, stored
+from producer.client.outage import outage_policy
+from producer.client.records import Outcome, RequestStatus, decode_record, outcome_of, status_of
 from producer.client.replies import ReplyReader
 from producer.client.submitter import Submitter
 from shared import keys, wire
@@ -74,7 +74,7 @@ class Client:
         self._workers_at = float("-inf")
         self._choices: dict[tuple[object, ...], EngineName] = {}
         self.on_outage: OnOutage = on_outage or self._fleet.on_outage
-        self._outages = policy(self.on_outage, self._fleet, self._send, self._replies)
+        self._outages = outage_policy(self.on_outage, self._fleet, self._send, self._replies.resolve)
 
     def __enter__(self) -> Self:
         return self
@@ -135,7 +135,7 @@ class Client:
         known = [request.id for request, pushed in zip(requests, new, strict=True) if not pushed]
         if known:
             with suppress(BrokerUnavailable):  # they are looked up again
-                self._seek(known)
+                self._watch(known)
         if self._older_than(REGISTRY_SECONDS):
             with suppress(BrokerUnavailable):  # it is read again
                 self.fleet()
@@ -238,18 +238,18 @@ class Client:
     def handle(self, request_id: str) -> Handle:
         """The handle of a request that was submitted before, by this client or another."""
         (future,) = self._replies.expect([request_id])
-        self._seek([request_id])
+        self._watch([request_id])
         return Handle(request_id, future, self)
 
-    def _seek(self, request_ids: Sequence[str]) -> None:
+    def _watch(self, request_ids: Sequence[str]) -> None:
         with broker_errors(self._fleet, "look up a result"):
-            self._replies.seek(self._redis, request_ids)
+            self._replies.watch(self._redis, request_ids)
 
     def status(self, request_id: str) -> RequestStatus:
         """Where a request is."""
         with broker_errors(self._fleet, "ask for a status"):
             record = self._redis.get(keys.result_key(request_id))
-        return RequestStatus.PENDING if record is None else status_of(stored(record))
+        return RequestStatus.PENDING if record is None else status_of(decode_record(record))
 
     def recover(self, request_id: str) -> Outcome | None:
         """Look a result up where it is stored; resolves the handle where it is there."""
@@ -257,8 +257,8 @@ class Client:
             record = self._redis.get(keys.result_key(request_id))
         if record is None:
             return None
-        outcome = read(stored(record))[1]
-        self._replies.fulfil(record)
+        outcome = outcome_of(decode_record(record))
+        self._replies.resolve_record(record)
         return outcome
 
     def cancel(self, request_id: str) -> bool:
@@ -269,7 +269,7 @@ class Client:
                 keys=[keys.result_key(request_id), keys.CANCELLED], args=[record, self._fleet.result_expires_seconds]
             )
         if cancelled:
-            self._replies.fulfil(record)
+            self._replies.resolve_record(record)
         return bool(cancelled)
 
     # -- the fleet --------------------------------------------------------------------------------------------------

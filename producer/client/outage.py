@@ -7,8 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from producer.client.replies import ReplyReader
-from producer.client.spool import Send, Spool, SpoolSender
+from producer.client.spool import Answer, Send, Spool, SpoolSender
 from shared.contract import InferenceRequest
 from shared.errors import BrokerRefused, BrokerUnavailable, NoEngineAvailable
 from shared.settings import FleetSettings, OnOutage
@@ -65,14 +64,14 @@ class Raising:
         """Nothing to do."""
 
 
-def policy(
-    on_outage: OnOutage, fleet: FleetSettings, send: Send, replies: ReplyReader
+def outage_policy(
+    on_outage: OnOutage, fleet: FleetSettings, send: Send, answer: Answer
 ) -> Raising | Waiting | SpoolSender:
-    """Submits with ``send`` as ``on_outage`` says."""
+    """The policy that ``on_outage`` names; it submits with ``send`` and tells ``answer`` of what it gives up later."""
     if on_outage == "wait":
         return Waiting(send, fleet.silent_after_seconds)
     if on_outage == "spool":
-        sender = SpoolSender(Spool(Path(fleet.spool_path), fleet.spool_max_bytes), send, replies.answer)
+        sender = SpoolSender(Spool(Path(fleet.spool_path), fleet.spool_max_bytes), send, answer)
         sender.start()
         return sender
     return Raising(send)
