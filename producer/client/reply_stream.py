@@ -8,6 +8,7 @@ from typing import Any
 import redis
 
 from shared.broker import connect
+from shared.direct import DirectConnection
 from shared.settings import FleetSettings
 
 BLOCK_SECONDS = 1.0
@@ -18,9 +19,6 @@ TRIM_BYTES = 4 * 1024 * 1024
 
 WAKE_EXPIRES_SECONDS = 10
 
-UNCHECKED_SECONDS = 1.0
-"""How long a connection may lie idle before it is looked at: the broker may have closed it."""
-
 
 class ReplyStream:
     """Reads a stream to its end, and on. Whoever runs out of patience leaves the question to the next reader."""
@@ -30,10 +28,8 @@ class ReplyStream:
         self._most = BLOCK_SECONDS + fleet.socket_timeout_seconds
         self.client = connect(fleet, socket_timeout=self._most)
         self._waker = connect(fleet, socket_timeout=BLOCK_SECONDS)
-        pool = self.client.connection_pool
-        self._connection: Any = pool.connection_class(**pool.connection_kwargs)
-        self._asked = False
-        self._used = float("-inf")
+        self._connection = DirectConnection(self.client)
+        self._asked: float | None = None
         self._last: bytes = b"0"
         self._entries = self._bytes = 0
 
@@ -43,40 +39,25 @@ class ReplyStream:
         Raises what the client library raises; then the next call connects anew.
         """
         try:
-            if not self._asked:
-                self._ask()
-            streams: Any = self._connection.read_response(timeout=max(0.0, patience), disconnect_on_error=False)
+            asked = self._ask() if self._asked is None else self._asked
+            streams: Any = self._connection.read(max(0.0, patience))
         except redis.TimeoutError:
-            if time.monotonic() - self._used <= self._most:
+            if self._asked is not None and time.monotonic() - asked <= self._most:
                 return []
             self._drop()
             raise
         except BaseException:
             self._drop()
             raise
-        self._asked = False
-        self._used = time.monotonic()
+        self._asked = None
         return self._records_of(streams[0][1]) if streams else []
 
-    def _ask(self) -> None:
-        now = time.monotonic()
-        if now - self._used > UNCHECKED_SECONDS:
-            self._check()
-        self._used = now
-        self._connection.send_command(
-            "XREAD", "COUNT", READ_COUNT, "BLOCK", int(1000 * BLOCK_SECONDS), "STREAMS", self._name, self._last,
-            check_health=False,
-        )  # fmt: skip
-        self._asked = True
-
-    def _check(self) -> None:
-        """Leave a connection that was closed, or that says what was not asked."""
-        try:
-            usable = not self._connection.can_read(0)
-        except redis.ConnectionError:
-            usable = False
-        if not usable:
-            self._drop()
+    def _ask(self) -> float:
+        self._connection.send(
+            "XREAD", "COUNT", READ_COUNT, "BLOCK", int(1000 * BLOCK_SECONDS), "STREAMS", self._name, self._last
+        )
+        self._asked = time.monotonic()
+        return self._asked
 
     def _records_of(self, entries: list[Any]) -> list[bytes]:
         """The records of entries, each a list of names and values."""
@@ -109,5 +90,5 @@ class ReplyStream:
             self._waker.close()
 
     def _drop(self) -> None:
-        self._asked = False
-        self._connection.disconnect()
+        self._asked = None
+        self._connection.drop()

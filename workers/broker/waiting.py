@@ -25,6 +25,7 @@ class Waiting:
         self._asked: dict[str, float] = {}
         self._empty: set[str] = set()
         self._look_at: dict[str, float] = {}
+        self._known: set[str] = set()
         self._queues: dict[bytes, str] = {}
 
     def due(self, queues: Iterable[str]) -> list[str]:
@@ -39,8 +40,9 @@ class Waiting:
     def asked(self, queue: str) -> None:
         """A claim is under way."""
         self._asked[queue] = time.monotonic()
-        for name in (*keys.lists_of(queue), *keys.lanes_of(queue)):
-            self._queues[name.encode()] = queue
+        if queue not in self._known:
+            self._known.add(queue)
+            self._queues.update((name.encode(), queue) for name in (*keys.lists_of(queue), *keys.lanes_of(queue)))
 
     def answered(self, queue: str, claim: Claim) -> float:
         """The claim has come back; returns the seconds that it took."""

@@ -28,7 +28,6 @@ if there == 0 then return { 0, 0, 0, 0 } end
 local cancelled = redis.call('ZCARD', KEYS[4])
 if cancelled > 0 then there = there - 1 end
 if there == 0 then return { 0, 0, 0, cancelled } end
-redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local expiry = now + ARGV[2]
@@ -76,6 +75,7 @@ local function take(step, n)
   local shared, zset = step.list, 'muai:lanes:' .. step.list
   if step.lanes == 1 and redis.call('ZREM', zset, '') == 1 then step.lanes = 0 end
   if step.lanes == 0 then return lease(shared, '', redis.call('RPOP', shared, n) or {}) end
+  redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
   local turn = tonumber(redis.call('HGET', KEYS[5], 'turn:' .. shared)) or 0
   if redis.call('LLEN', shared) > 0 then redis.call('ZADD', zset, 'NX', turn + 1, '') end
   local before, skipped = taken, 0
@@ -153,8 +153,8 @@ end
 
 if redis.call('EXISTS', unpack(KEYS, 7)) > 0 and taken == limit then out[2] = 1 end
 
-if taken > 0 and redis.call('EXISTS', KEYS[5]) == 1 then
-  local state = redis.call('HMGET', KEYS[5], 'bytes', 'at', 'taken', 'rate')
+local state = taken > 0 and redis.call('HMGET', KEYS[5], 'bytes', 'at', 'taken', 'rate')
+if state and state[1] then -- not for the queues of Celery's own
   local size, at, count, rate = tonumber(state[1]) or 0, tonumber(state[2]) or 0, tonumber(state[3]) or 0, tonumber(state[4])
   count = count + taken
   if now - at > 5000 then -- nothing was taken for a while: that was no measurement
