@@ -26,13 +26,17 @@ class ServedModel(Value):
 
 
 class EngineInfo(Value):
-    """One engine of a worker. ``failed`` names the models that it cannot answer with now, and why."""
+    """One engine of a worker. ``failed`` names the models that it cannot answer with now, and why.
+
+    ``quiet_seconds`` is how long ago what it runs has begun or made its last token; ``None`` where nothing runs.
+    """
 
     name: EngineName
     features: tuple[Feature, ...] = ()
     models: dict[str, ServedModel] = {}
     max_batch_size: int = 1
     failed: dict[str, str] = {}
+    quiet_seconds: float | None = None
 
 
 class WorkerInfo(Value):
