@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from types import MappingProxyType
 
 import pytest
+import redis
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,10 +20,16 @@ from shared.contract import EngineName, InferenceRequest
 from shared.errors import NoEngineAvailable
 from shared.registry import EngineInfo, ServedModel, WorkerInfo
 from shared.routing import chain, choose
-from shared.settings import Settings
+from shared.settings import ModelSpec, Settings
+from shared.settings_loader import load_settings
 from workers.devices.demand import demand_of
+from workers.devices.devices import Devices
+from workers.devices.nvml import Detected
 from workers.engines import engine_class
 from workers.engines.base import Availability
+from workers.engines.vllm.options import engine_arguments
+from workers.path.batcher import Batcher
+from workers.path.intake import limits_of
 
 pytestmark = pytest.mark.property
 EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True)
@@ -65,6 +74,12 @@ def availability(missing: frozenset[str]) -> Mapping[EngineName, Availability]:
         engine_class(engine)  # what else its module needs is imported once, not anew each time
     with without(missing):
         return {engine: engine_class(engine).availability(Settings()) for engine in FLEET}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a configuration is."""
+    return tmp_path_factory.mktemp("configuration")
 
 
 def worker_of(found: Mapping[EngineName, Availability]) -> WorkerInfo:
@@ -135,3 +150,69 @@ def test_with_the_master_switch_off_nothing_but_pytorch_is_used(configured, pref
     others = [engine for engine in FLEET if engine is not EngineName.PYTORCH]
     assert demand_of(off.optimization, others).count == 0
     assert demand_of(off.optimization, FLEET).count == 1
+
+
+def may_serve(engine: EngineName, configured: Settings) -> bool:
+    """Whether a request may go to this engine."""
+    return engine in chain(REQUEST, configured)
+
+
+def runs_together(configured: Settings) -> bool:
+    """Whether two requests that wait for the same are one batch."""
+    batcher: Batcher[int] = Batcher(limits_of(configured))
+    for item in range(2):
+        batcher.add(item, "key", 1, 0.0)
+    batch = batcher.next_batch(configured.optimization.batcher.batch_timeout_ms)
+    return batch is not None and len(batch.items) == 2
+
+
+def looks_for_gpus(configured: Settings) -> bool:
+    """Whether a worker asks which GPUs there are."""
+    asked: list[object] = []
+
+    def detect(visible: str | None) -> Detected:
+        asked.append(visible)
+        return Detected(reason="there is none")
+
+    Devices(configured, redis.Redis(), "w", environ={}, detect=detect, uses_cuda=lambda engine: True).acquire(FLEET)
+    return bool(asked)
+
+
+def told_vllm(name: str, configured: Settings) -> bool:
+    """Whether vLLM is given this argument, and it is not false."""
+    spec = ModelSpec(name="m", path="a/b")
+    return bool(engine_arguments(spec, configured.optimization.vllm, True, Path("/run"))[0].get(name))
+
+
+FEATURES: Mapping[str, Callable[[Settings], bool]] = MappingProxyType(
+    {
+        **{f"{engine}.enabled": partial(may_serve, engine) for engine in FLEET},
+        "batcher.enabled": runs_together,
+        "devices.enabled": looks_for_gpus,
+        "vllm.enable_prefix_caching": partial(told_vllm, "enable_prefix_caching"),
+    }
+)
+"""What shows from outside that a feature of ``optimization`` is on."""
+
+
+# Feature: advanced-optimization-monitoring, Property 52: each feature can be switched on and off
+@EXAMPLES
+@given(
+    in_file=st.dictionaries(st.sampled_from(sorted(FEATURES)), st.booleans()),
+    in_environment=st.dictionaries(st.sampled_from(sorted(FEATURES)), st.booleans()),
+)
+def test_each_feature_is_on_exactly_where_it_is_configured_so(folder: Path, in_file, in_environment) -> None:
+    """In the file or in the environment, by itself and in any company; what is not named is on."""
+    tree: dict[str, dict[str, bool]] = {}
+    for name, value in in_file.items():
+        section, _, key = name.partition(".")
+        tree.setdefault(section, {})[key] = value
+    (folder / "fleet.yaml").write_text(yaml.safe_dump({"optimization": tree}), encoding="utf-8")
+    variables = {f"MUAI_OPT_{name.upper().replace('.', '_')}": str(value) for name, value in in_environment.items()}
+
+    configured = load_settings(folder / "fleet.yaml", variables)
+
+    wanted = {name: {**in_file, **in_environment}.get(name, True) for name in FEATURES}
+    if not any(wanted[f"{engine}.enabled"] for engine in FLEET):
+        wanted["devices.enabled"] = False  # nothing needs one
+    assert {name: is_on(configured) for name, is_on in FEATURES.items()} == wanted
