@@ -58,6 +58,21 @@ def test_a_model_is_loaded_once_and_stays_until_it_has_to_go(most: int, steps: l
     assert [(event.action, event.model) for event in models.events] == happened
 
 
+# Requirements: 8.4
+@EXAMPLES
+@given(preload=st.lists(st.sampled_from(NAMES), unique=True))
+def test_models_that_are_to_be_preloaded_are_there_before_the_first_request(preload: list[str]) -> None:
+    """Loaded once, in that order, before the engine says that it is ready."""
+    models = manager(max_cached=len(NAMES))
+    runner = BatchRunner(models, lambda event: None)
+
+    runner.start(preload)
+
+    assert runner.loaded.wait(60)
+    assert [(event.action, event.model) for event in models.events] == [("load", name) for name in preload]
+    assert runner.stop(timeout=60)
+
+
 PROMPTS = st.sampled_from(["one", "two", "!bad", "!fail", "!busy", "!crash"])
 BATCHES = st.lists(st.tuples(st.sampled_from(NAMES), st.lists(PROMPTS, min_size=1, max_size=5)), min_size=1, max_size=8)
 
