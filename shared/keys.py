@@ -19,6 +19,7 @@ under ``muai:``.
 ``muai:cancelled``                      zset result key -> time of cancellation, ms
 ``muai:workers:seen``                   zset worker id -> last announcement, ms
 ``muai:workers:info``                   hash worker id -> what the worker announces, JSON
+``muai:workers:more``                   the same, what readers of 0.1.0 do not know and would refuse
 ``muai:underway``                       zset request id -> when it was submitted, ms; until it has ended
 ``muai:running:<id>``                   the lease under which a message of another sender runs
 ``muai:parity:<digest>``                what PyTorch answers to the parity gate's questions, JSON
@@ -50,6 +51,7 @@ UNDER_WAY: Final = "muai:underway"
 CANCELLED: Final = "muai:cancelled"
 WORKERS_SEEN: Final = "muai:workers:seen"
 WORKERS_INFO: Final = "muai:workers:info"
+WORKERS_MORE: Final = "muai:workers:more"
 
 GPU_LEASES: Final = "muai:gpu:leases"
 GPU_HOLDERS: Final = "muai:gpu:holders"

@@ -163,7 +163,6 @@ class Fleet:
                 models=runner.models.status(),
                 max_batch_size=runner.models.engine.slots or batch,
                 failed={name: str(error)[:500] for name, error in runner.models.failures().items()},
-                quiet_seconds=runner.progress.quiet_seconds(),
             )
             for runner in self._runners
         )
@@ -180,6 +179,11 @@ class Fleet:
             engines=engines,
             in_flight=sum(intake.in_flight for intake in self.intakes.values()),
             limits=limits,
+            quiet_seconds={
+                runner.models.engine.name: seconds
+                for runner in self._runners
+                if (seconds := runner.progress.quiet_seconds()) is not None
+            },
             gpus=self.devices.gpus,
             gpu_problems=self.devices.problems,
         )
