@@ -68,6 +68,7 @@ def create_app(settings: Settings) -> FleetApp:
     url, tls = plain_url(settings.fleet.redis_url), tls_options(settings.fleet) or None
     app = FleetApp("muai", set_as_current=False)
     app.fleet = fleet = Fleet(settings, app)
+    app.loader.override_backends = dict.fromkeys(("redis", "rediss"), "workers.hooks.backend:ChordBackend")
     app.conf.update(
         broker_url=url,
         broker_use_ssl=tls,

@@ -60,6 +60,7 @@ class Settlement:
     """What ends a lease: what is written, and where its message goes. For a request :mod:`workers.ends` makes it."""
 
     lease: str
+    request_id: str = ""
     result_key: str = ""
     record: bytes | str = ""
     reply: str = ""
@@ -77,6 +78,8 @@ class Settlement:
     def terms(self, payloads: list[bytes | str]) -> dict[str, Any]:
         """As ``settle.lua`` takes it. What is long goes to ``payloads``, and its place there stands for it."""
         terms: dict[str, Any] = {"lease": self.lease}
+        if self.request_id:
+            terms["id"] = self.request_id
         if self.result_key:
             payloads.append(self.record)
             terms |= {"result": self.result_key, "record": len(payloads)}
@@ -110,11 +113,12 @@ class Written(IntEnum):
 
 
 class Verdict(StrEnum):
-    """Whether a message may run, must wait for another of the same id, or is of a request that has its answer."""
+    """Whether a message may run, waits for another of its id, or is of a request that was answered or cancelled."""
 
     RUN = "run"
     WAIT = "wait"
     DONE = "done"
+    REVOKED = "revoked"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +138,9 @@ class Delivery:
         self._limits = limits or LimitsInForce(Limits.of(Settings(fleet=fleet)))
         self.lease_seconds = fleet.lease_seconds
         self._lease_ms = int(fleet.lease_seconds * 1000)
-        self._settle_keys = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.DEAD_LETTERS, keys.IN_FLIGHT, keys.UNDER_WAY]
+        self._settle_keys = [
+            keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.DEAD_LETTERS, keys.IN_FLIGHT, keys.UNDER_WAY, keys.DELAYED,
+        ]  # fmt: skip
         self._claim_keys: dict[str, list[str]] = {}
         self._client = client
         self.scripts = PipelinedScripts(client)
@@ -220,7 +226,7 @@ class Delivery:
 
         Returns the seconds until the next one is due (``None``: there is none) and what was taken over.
         """
-        leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER]
+        leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER, keys.DELAYED]
         rows = self._sweep(keys=leases, args=[SWEEP_LIMIT, self._lease_ms, keys.DELAYED_PREFIX])
         taken = []
         for lease, stored in zip(rows[1::2], rows[2::2], strict=True):

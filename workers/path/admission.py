@@ -83,15 +83,16 @@ class Admission:
 
     def _admit(self, item: InFlight) -> None:
         wire.check_body(item.body, self._limits.now.max_payload_bytes)
-        eta = item.eta
-        if eta is not None and eta > item.claimed:
-            self._outbox.add(Ending.delayed(item, eta))
-            return
         args, kwargs, item.embed = item.decode()
-        self._observers.tell("request_received", item)
+        later = item.due > item.claimed
+        if not later:
+            self._observers.tell("request_received", item)
         item.request = request = item.validated(args, kwargs)
         if (ending := self._expiry.unwanted(item, item.claimed)) is not None:
             self._outbox.add(ending)
+            return
+        if later:  # not before it is known that it was not cancelled
+            self._table.move(item, State.ASKING)
             return
         if not self._models.serves(request.model, request.kind, request.features):
             decision = self._fallback.elsewhere(request, item.hops, item.sent)
@@ -112,14 +113,14 @@ class Admission:
         if not asking:
             return
         verdicts = self._delivery.begin([(item.lease, item.id) for item in asking])
-        done = [item.id for item, verdict in zip(asking, verdicts, strict=True) if verdict is Verdict.DONE]
-        cancelled = self._delivery.cancelled_among(done)
         for item, verdict in zip(asking, verdicts, strict=True):
-            if verdict is Verdict.RUN:
+            if verdict is Verdict.RUN and item.due > item.claimed:
+                self._outbox.add(Ending.delayed(item, item.due))
+            elif verdict is Verdict.RUN:
                 self._wait(item, item.claimed)
             elif verdict is Verdict.WAIT:
                 self._outbox.add(Ending.delayed(item, item.claimed + SAME_ID_SECONDS))
-            elif item.id in cancelled:  # it has its record, but the rest of its canvas does not know
+            elif verdict is Verdict.REVOKED:  # it has its record, but the rest of its canvas does not know
                 self._outbox.add(Ending.cancelled(item))
             else:
                 self._outbox.add(Ending.duplicate(item))
