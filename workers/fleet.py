@@ -97,7 +97,7 @@ class Fleet:
         self.devices.acquire(engines, check=state.maybe_shutdown)
         context = IntakeContext(
             self.settings, self.limits, self.delivery, self.leases, self.observers, self.settler, self.worker_id,
-            self.live, self.live.refresh, self.announcer.announce_now, time.time,
+            self.live, self.live.refresh, self.announcer.announce_now, state.revoked, time.time,
         )  # fmt: skip
         for name in engines:
             self._add(name, context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -26,7 +27,10 @@ MOST = 4096
 
 
 class Rescuer:
-    """Run it at every heartbeat of every worker: claims are atomic, so it needs no lock."""
+    """Run it at every heartbeat of every worker: claims are atomic, so it needs no lock.
+
+    ``clock`` tells seconds since the epoch.
+    """
 
     def __init__(
         self,
@@ -36,6 +40,7 @@ class Rescuer:
         settings: Settings,
         worker_id: str,
         live_workers: Callable[[], Sequence[WorkerInfo]],
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._delivery = delivery
         self._settler = settler
@@ -44,7 +49,7 @@ class Rescuer:
         self._due: dict[EngineName, float] = {}
         self._fallbacks = {
             # Nothing is asked anew for each message: the heartbeat that looks has just asked who lives.
-            engine: Fallback(engine, None, settings, worker_id, live_workers, refresh=lambda _: None)
+            engine: Fallback(engine, None, settings, worker_id, live_workers, refresh=lambda _: None, clock=clock)
             for engine in EngineName
         }
 
