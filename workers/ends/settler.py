@@ -16,7 +16,7 @@ from kombu.exceptions import OperationalError
 from shared.errors import EngineError
 from workers.broker.delivery import Delivery, Settlement, Written
 from workers.broker.errors import BROKER_ERRORS
-from workers.broker.leases import LeaseKeeper
+from workers.broker.leases import Leases
 from workers.ends.canvas import Canvas
 from workers.ends.settlements import settlement_of
 from workers.observe.observers import Observers
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 class Settler:
     """Ends requests. Whoever finds an end goes through it: intakes by their outbox, everybody else by :meth:`end`."""
 
-    def __init__(self, delivery: Delivery, leases: LeaseKeeper, observers: Observers, canvas: Canvas) -> None:
+    def __init__(self, delivery: Delivery, leases: Leases, observers: Observers, canvas: Canvas) -> None:
         self.delivery = delivery
         self.leases = leases
         self._observers = observers

@@ -13,7 +13,7 @@ from shared.errors import FleetError, UndecodableMessage
 from shared.limits import LimitsInForce
 from workers.broker.delivery import Delivery, Verdict
 from workers.broker.errors import BROKER_ERRORS
-from workers.broker.leases import LeaseKeeper
+from workers.broker.leases import Leases
 from workers.ends.outbox import Outbox
 from workers.ends.settler import frames
 from workers.models.manager import ModelManager
@@ -41,7 +41,7 @@ class Admission:
         self,
         table: RequestTable,
         delivery: Delivery,
-        leases: LeaseKeeper,
+        leases: Leases,
         outbox: Outbox,
         observers: Observers,
         models: ModelManager,

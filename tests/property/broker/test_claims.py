@@ -16,7 +16,7 @@ from shared import keys
 from shared.contract import EngineName, InferenceRequest, Priority
 from shared.errors import QueueFull
 from shared.settings import FleetSettings, Settings, TenantSettings
-from workers.broker.delivery import Delivery, Settlement
+from workers.broker.delivery import RedisDelivery, Settlement
 
 pytestmark = pytest.mark.property
 EXAMPLES = settings(
@@ -34,7 +34,7 @@ class Queue:
         self.client = client
         options = Settings(fleet=FleetSettings(**fleet))
         self.submitter = Submitter(client, options, "muai:reply:test")
-        self.delivery = Delivery(client, options.fleet)
+        self.delivery = RedisDelivery(client, options.fleet)
         self.where: dict[str, tuple[str, Priority]] = {}
 
     def submit(self, tenant: str, priority: Priority = Priority.NORMAL, count: int = 1) -> list[bool]:
