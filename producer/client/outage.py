@@ -7,8 +7,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from producer.client.spool import Answer, Send, Spool, SpoolSender
-from shared.contract import InferenceRequest
+from producer.client.spool_file import Spool
+from producer.client.spool_sender import Answer, Send, SpoolSender
+from producer.client.submission import Submission
 from shared.errors import BrokerRefused, BrokerUnavailable, NoEngineAvailable
 from shared.settings import FleetSettings, OnOutage
 
@@ -28,14 +29,15 @@ class Waiting:
         self._silent_after = silent_after
         self._closed = threading.Event()
 
-    def submit(self, requests: Sequence[InferenceRequest]) -> None:
+    def submit(self, submissions: Sequence[Submission]) -> None:
         """Submit; raises what the last try raised."""
-        last = min((r.deadline for r in requests if r.deadline is not None), default=float("inf"))
+        deadlines = [submission.request.deadline for submission in submissions]
+        last = min((deadline for deadline in deadlines if deadline is not None), default=float("inf"))
         pause, back = PAUSE_FIRST, float("inf")
         away = False
         while True:
             try:
-                self._send(requests)
+                self._send(submissions)
                 return
             except BrokerRefused:
                 raise

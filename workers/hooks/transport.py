@@ -11,23 +11,24 @@ How it waits is in :mod:`workers.broker.waiting`.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
 from kombu.transport import redis as kombu_redis
 from redis.exceptions import OutOfMemoryError, ReadOnlyError
 
-from shared import keys, wire
+from shared import wire
 from shared.contract import TASK_NAME
-from shared.errors import BadRequest, PayloadTooLarge, UndecodableMessage
+from shared.errors import BadRequest
+from shared.limits import LimitsInForce
 from shared.signing import Signer
-from workers.broker.delivery import Claim, Delivery, LeasedMessage, Settlement
-from workers.broker.leases import LeaseKeeper
+from workers.broker.delivery import Claim, LeasedMessage, RedisDelivery, Settlement
 from workers.broker.pipelined import PipelinedScripts
 from workers.broker.waiting import Waiting
+from workers.ends.settler import Settler
+from workers.requests.ending import Ending
+from workers.requests.inflight import InFlight
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,6 @@ PREFETCH_UNLIMITED = 64
 
 STALE_SHARE = 1 / 3
 """Share of a lease after which a claim's answer is too old, because the broker or this process stood still."""
-
-_CORRELATION = re.compile(rb'"correlation_id": ?"([^"\\]{1,128})"')
 
 
 class MessageSink(Protocol):
@@ -60,18 +59,19 @@ class TransportParts(dict[str, Any]):
 
     def __init__(
         self,
-        delivery: Delivery,
-        leases: LeaseKeeper,
-        intakes: Mapping[str, MessageSink],
+        delivery: RedisDelivery,
+        settler: Settler,
+        sinks: Mapping[str, MessageSink],
         signer: Signer,
-        max_bytes: int,
+        limits: LimitsInForce,
     ) -> None:
         super().__init__()
         self.delivery = delivery
-        self.leases = leases
-        self.intakes = intakes
+        self.leases = settler.leases
+        self.settler = settler
+        self.sinks = sinks
         self.signer = signer
-        self.max_bytes = max_bytes
+        self.limits = limits
 
 
 class LeaseQoS(kombu_redis.virtual.QoS):
@@ -140,7 +140,7 @@ class Channel(kombu_redis.Channel):
         self.delivery = self.services.delivery
         self._own_scripts = self.delivery.pipeline()
         self.leases = self.services.leases
-        self.intakes = self.services.intakes
+        self.intakes = self.services.sinks
 
     # -- claiming ---------------------------------------------------------------------------------------------------
 
@@ -242,12 +242,13 @@ class Channel(kombu_redis.Channel):
     def _read(self, queue: str, message: LeasedMessage) -> dict[str, Any] | None:
         """The envelope of a claimed message; ``None`` where it is refused, which is settled here."""
         try:
-            envelope = wire.decode_envelope(message.payload, self.services.max_bytes)
+            envelope = wire.decode_envelope(message.payload, self.services.limits.now.max_payload_bytes)
             if queue not in self._unacknowledged:  # there are no tasks among the replies of remote control
                 self.services.signer.check(envelope)
         except BadRequest as error:
+            item = InFlight.unreadable(message.lease, queue, message.payload, error)
             logger.error("a message on %s went to the dead letters: %s", queue, error)
-            self.delivery.settle([refusal(message, error)])
+            self.services.settler.end([Ending.refused(item, error)])
             return None
         envelope["properties"]["delivery_tag"] = message.lease
         return envelope
@@ -286,30 +287,6 @@ class Channel(kombu_redis.Channel):
         """Close the channel's own connection, then everything else."""
         self._own_scripts.close()
         super().close()
-
-
-def refusal(message: LeasedMessage, error: BadRequest) -> Settlement:
-    """A message nobody can decode becomes a dead letter; its sender is told where the message still names one."""
-    reason = str(error)
-    headers: dict[str, Any] = {}
-    if isinstance(error, PayloadTooLarge):  # it is not worth decoding; what names it is behind the body
-        found = _CORRELATION.search(message.payload, max(0, len(message.payload) - wire.MAX_HEADER_BYTES))
-        headers = {"id": found[1].decode(errors="replace")} if found else {}
-    else:
-        with suppress(UndecodableMessage):
-            named = wire.loads_object(message.payload).get("headers")
-            headers = named if isinstance(named, dict) else {}
-    task_id = wire.usable_id(headers.get("id"))
-    if not task_id:
-        return Settlement(message.lease, dead_reason=reason)
-    record = wire.failure_meta(task_id, error)
-    return Settlement(
-        message.lease,
-        result_key=keys.result_key(task_id),
-        record=record,
-        reply=wire.reply_of(headers),
-        dead_reason=reason,
-    )
 
 
 class Poller(kombu_redis.MultiChannelPoller):

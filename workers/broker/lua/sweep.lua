@@ -7,6 +7,7 @@
 -- KEYS[1]  muai:lease:index     zset lease id -> expiry, ms
 -- KEYS[2]  muai:lease:messages  hash lease id -> list name, newline, message
 -- KEYS[3]  muai:lease:next      counter
+-- KEYS[4]  muai:delayed         hash request id -> the lease under which it waits for its time
 -- ARGV[1]  most leases to take over
 -- ARGV[2]  lease length, ms
 -- ARGV[3]  prefix of delayed leases
@@ -21,7 +22,8 @@ for _, lease in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT'
   redis.call('HDEL', KEYS[2], lease)
   if stored then
     if string.sub(lease, 1, #ARGV[3]) == ARGV[3] then
-      local cut = string.find(stored, '\n', 1, true)
+      local cut, id = string.find(stored, '\n', 1, true), string.match(lease, '\n(.*)')
+      if id and redis.call('HGET', KEYS[4], id) == lease then redis.call('HDEL', KEYS[4], id) end
       push(string.sub(stored, 1, cut - 1), 'R', { string.sub(stored, cut + 1) })
     else
       local taken = string.format('%d', redis.call('INCR', KEYS[3])) .. (string.match(lease, '/.+') or '')
