@@ -83,9 +83,10 @@ class Admission:
 
     def _admit(self, item: InFlight) -> None:
         wire.check_body(item.body, self._limits.now.max_payload_bytes)
+        read_before = item.embed is not None
         args, kwargs, item.embed = item.decode()
         later = item.due > item.claimed
-        if not later:
+        if not later and not read_before:
             self._observers.tell("request_received", item)
         item.request = request = item.validated(args, kwargs)
         if (ending := self._expiry.unwanted(item, item.claimed)) is not None:
