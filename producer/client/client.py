@@ -266,8 +266,7 @@ class Client:
         record = wire.failure_meta(request_id, Cancelled(), status="REVOKED")
         with broker_errors(self._fleet, "cancel"):
             cancelled = self._cancel(
-                keys=[keys.result_key(request_id), keys.CANCELLED, keys.DELAYED, keys.LEASE_INDEX],
-                args=[record, self._fleet.result_expires_seconds],
+                keys=[keys.result_key(request_id), keys.CANCELLED], args=[record, self._fleet.result_expires_seconds]
             )
         if cancelled:
             self._replies.fulfil(record)

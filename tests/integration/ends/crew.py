@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +19,8 @@ from celery import Celery
 
 from shared import keys
 from shared.embedded import EmbeddedBroker
-from tests.conftest import FAKE, FleetUnderTest, merged
+from tests.conftest import FAKE, FleetUnderTest, eventually, merged
+from tests.integration.client.test_submitting import bare_app
 
 GRAVE = "grave"
 """A queue from which every message comes to a worker as that of one who has died over it."""
@@ -30,6 +32,13 @@ QUICK: dict[str, Any] = {
     },
     "optimization": {"engine_preference": ["fake", "onnx"], "breaker": {"failures": 100_000}},
     "models": {"catalog": {"far": {"path": "fake", "kinds": ["generate"], "engines": ["onnx"]}}},
+}  # fmt: skip
+
+SLOW: dict[str, Any] = {
+    "fleet": {"lease_seconds": 2.0, "sweep_seconds": 0.2, "heartbeat_seconds": 0.3},
+    "optimization": {
+        "batcher": {"adaptive_batching": False, "batch_timeout_ms": 1500}, "fake": {"latency_ms": 1500},
+    },
 }  # fmt: skip
 
 
@@ -75,6 +84,14 @@ def undertaker(url: str) -> Iterator[None]:
         thread.join()
 
 
+@contextmanager
+def user(url: str) -> Iterator[Celery]:
+    """A bare app. What it has not waited on it forgets while the broker is there to hear of it."""
+    with bare_app(url) as app:
+        yield app
+        gc.collect()
+
+
 PAST = datetime.now(UTC) - timedelta(hours=1)
 
 
@@ -106,8 +123,8 @@ def cancel(fleet: FleetUnderTest, _: Celery, request_id: str) -> None:
 
 
 def revoke(_: FleetUnderTest, app: Celery, request_id: str) -> None:
-    """Revoke as any Celery app does."""
-    assert app.control.revoke(request_id, reply=True, timeout=30, limit=1)
+    """Revoke as any Celery app does; a worker that connects just then has not heard it."""
+    eventually(lambda: app.control.revoke(request_id, reply=True, timeout=5, limit=1), 40, "the reply of the worker")
 
 
 def revoked_elsewhere(_: FleetUnderTest, app: Celery, request_id: str) -> None:

@@ -18,8 +18,7 @@ from celery.utils import uuid
 
 from shared import keys
 from tests.conftest import FleetUnderTest, eventually
-from tests.integration.client.test_submitting import bare_app
-from tests.integration.ends.crew import BAD, QUICK, calls_on, fleet_on, infer, left_behind, undertaker
+from tests.integration.ends.crew import BAD, QUICK, calls_on, fleet_on, infer, left_behind, undertaker, user
 
 QUIET_SECONDS = 20
 """How long nobody may be told anything while some still wait."""
@@ -63,6 +62,9 @@ USUAL = list(PLACES)[:5]
 EVERYWHERE = ("engine error", "cancelled before", "deep headers")
 """Ends that are tried in every place: they are found by three different parts of a worker."""
 
+LARGE = ("too large", "far too large", "large headers")
+"""Ends by what a step before them carries as well."""
+
 CHORDS = [place for place in PLACES if re.match(r"in a chord|.* in a chord$", place) and "group" not in place]
 """Where Celery tells of the end of a chord's member by a ChordError."""
 
@@ -79,7 +81,7 @@ def fleet(broker, tmp_path_factory) -> Iterator[FleetUnderTest]:
 @pytest.fixture(scope="module")
 def app(fleet: FleetUnderTest) -> Iterator[Celery]:
     """A bare app of its users."""
-    with bare_app(fleet.url) as app:
+    with user(fleet.url) as app:
         yield app
 
 
@@ -171,7 +173,7 @@ def test_callbacks_for_errors_are_called_once_and_after_failures_only(sent, told
     failed = Counter(
         case.mark for (name, place), case in sent.items() if BAD[name].state == "FAILURE" and case.request_id in told
         # A step before it carries what is too large, and has failed in its place.
-        and not ("large" in name and place not in ("alone", "in a group", "in a chord"))
+        and not (name in LARGE and place in ("middle of a chain", "last of a chain in a chord"))
     )  # fmt: skip
 
     eventually(lambda: len(calls_on(client, "errbacks")) >= failed.total(), what="the callbacks")

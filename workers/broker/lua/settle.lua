@@ -45,7 +45,7 @@ local function record_result(key, record)
   end
   local existing = redis.pcall('GET', key) -- an error where the key is no text: then it is overwritten
   local ok, decoded = pcall(cjson.decode, existing)
-  if ok and STANDS[decoded.status] then return existing, STANDS[decoded.status] end
+  if ok and type(decoded) == 'table' and STANDS[decoded.status] then return existing, STANDS[decoded.status] end
   redis.call('SET', key, record, 'EX', terms.ttl)
   redis.call('PUBLISH', key, record)
   return record, DONE
@@ -62,6 +62,7 @@ local function settle(it)
   local list, claimed
   if it.list or it.reason or it.due then
     local stored = redis.call('HGET', KEYS[2], it.lease)
+    if not stored then return LOST end
     local cut = string.find(stored, '\n', 1, true)
     list, claimed = string.sub(stored, 1, cut - 1), string.sub(stored, cut + 1)
     if it.due then
