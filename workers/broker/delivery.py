@@ -290,7 +290,7 @@ class RedisDelivery:
 
         Returns the seconds until the next one is due (``None``: there is none) and what was taken over.
         """
-        leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER, keys.DELAYED]
+        leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER, keys.DELAYED, keys.CANCELLED]
         rows = self._sweep(keys=leases, args=[SWEEP_LIMIT, self._lease_ms, keys.DELAYED_PREFIX])
         taken = []
         for lease, stored in zip(rows[1::2], rows[2::2], strict=True):

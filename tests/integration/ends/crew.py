@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from celery import Celery
 from shared import keys
 from shared.embedded import EmbeddedBroker
 from tests.conftest import FAKE, FleetUnderTest, eventually, merged
+from tests.integration.client.test_submitting import bare_app
 
 GRAVE = "grave"
 """A queue from which every message comes to a worker as that of one who has died over it."""
@@ -80,6 +82,14 @@ def undertaker(url: str) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
+
+
+@contextmanager
+def user(url: str) -> Iterator[Celery]:
+    """A bare app. What it has not waited on it forgets while the broker is there to hear of it."""
+    with bare_app(url) as app:
+        yield app
+        gc.collect()
 
 
 PAST = datetime.now(UTC) - timedelta(hours=1)

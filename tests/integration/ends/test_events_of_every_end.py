@@ -13,8 +13,7 @@ from celery import chain, chord
 from celery.utils import uuid
 
 from tests.conftest import FleetUnderTest, eventually
-from tests.integration.client.test_submitting import bare_app
-from tests.integration.ends.crew import BAD, QUICK, SLOW, cancel, fleet_on, infer, left_behind, revoke, undertaker
+from tests.integration.ends.crew import BAD, QUICK, SLOW, cancel, fleet_on, infer, left_behind, revoke, undertaker, user
 from tests.integration.observe.test_events import captured
 
 TERMINAL = {"task-succeeded", "task-failed", "task-revoked", "task-rejected"}
@@ -47,7 +46,7 @@ def events(broker, tmp_path_factory) -> Iterator[dict[str, list[str]]]:
     with ExitStack() as stack:
         fleet = stack.enter_context(fleet_on(broker, 2, tmp_path_factory.mktemp("events"), QUICK))
         stack.enter_context(undertaker(fleet.url))
-        app = stack.enter_context(bare_app(fleet.url))
+        app = stack.enter_context(user(fleet.url))
         told = stack.enter_context(captured(app))
         names = {}
         for name, bad in BAD.items():
@@ -98,7 +97,7 @@ def slow(broker, tmp_path_factory) -> Iterator[FleetUnderTest]:
 @pytest.mark.parametrize("end", [cancel, revoke])
 def test_what_is_cancelled_in_a_worker_ends_once(end: Any, slow: FleetUnderTest) -> None:
     """Queued behind others, waiting for a batch to fill, running: it is revoked, and its chord fails at once."""
-    with bare_app(slow.url) as app, captured(app) as told, redis.Redis.from_url(slow.url) as client:
+    with user(slow.url) as app, captured(app) as told, redis.Redis.from_url(slow.url) as client:
 
         def seen(request_id: str, *types: str) -> bool:
             return any(event.get("uuid") == request_id and event["type"] in types for event in told)
