@@ -20,6 +20,7 @@ under ``muai:``.
 ``muai:delayed``                        hash request id -> the lease under which it waits for its time
 ``muai:workers:seen``                   zset worker id -> last announcement, ms
 ``muai:workers:info``                   hash worker id -> what the worker announces, JSON
+``muai:workers:more``                   the same, what readers of 0.1.0 do not know and would refuse
 ``muai:underway``                       zset request id -> when it was submitted, ms; until it has ended
 ``muai:running:<id>``                   the lease under which a message of another sender runs
 ``muai:parity:<digest>``                what PyTorch answers to the parity gate's questions, JSON
@@ -52,6 +53,7 @@ CANCELLED: Final = "muai:cancelled"
 DELAYED: Final = "muai:delayed"
 WORKERS_SEEN: Final = "muai:workers:seen"
 WORKERS_INFO: Final = "muai:workers:info"
+WORKERS_MORE: Final = "muai:workers:more"
 
 GPU_LEASES: Final = "muai:gpu:leases"
 GPU_HOLDERS: Final = "muai:gpu:holders"

@@ -55,7 +55,7 @@ def transport_options(fleet: Fleet) -> dict[str, Any]:
     """What the transport needs of the worker, and time limits on its connections."""
     settings = fleet.settings.fleet
     return {
-        "services": TransportParts(fleet.settler, fleet.intakes, fleet.signer, fleet.limits),
+        "services": TransportParts(fleet.delivery, fleet.settler, fleet.intakes, fleet.signer, fleet.limits),
         "socket_timeout": min(settings.socket_timeout_seconds, EVENT_TIMEOUT_SECONDS),
         "socket_connect_timeout": settings.connect_timeout_seconds,
         "socket_keepalive": True,

@@ -21,7 +21,7 @@ from shared.limits import Limits, LimitsInForce
 from shared.registry import EngineInfo, WorkerInfo, WorkerRegistry
 from shared.settings import Settings
 from shared.signing import Signer
-from workers.broker.delivery import Delivery
+from workers.broker.delivery import RedisDelivery
 from workers.broker.leases import LeaseKeeper
 from workers.devices.devices import Devices
 from workers.ends.canvas import Canvas
@@ -52,7 +52,7 @@ class Fleet:
         self.worker_id = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self.client: redis.Redis = connect(settings.fleet)
         self.limits = LimitsInForce(Limits.of(settings))
-        self.delivery = Delivery(self.client, settings.fleet, self.limits)
+        self.delivery = RedisDelivery(self.client, settings.fleet, self.limits)
         self.leases = LeaseKeeper(settings.fleet)
         self.registry = WorkerRegistry(self.client, settings.fleet.silent_after_seconds)
         self.devices = Devices(settings, self.client, self.worker_id)
@@ -97,7 +97,7 @@ class Fleet:
         self.devices.acquire(engines, check=state.maybe_shutdown)
         context = IntakeContext(
             self.settings, self.limits, self.delivery, self.leases, self.observers, self.settler, self.worker_id,
-            self.live, self.live.refresh, self.announcer.announce_now, time.time,
+            self.live, self.live.refresh, self.announcer.announce_now, state.revoked, time.time,
         )  # fmt: skip
         for name in engines:
             self._add(name, context)
@@ -146,7 +146,7 @@ class Fleet:
 
         models.on_event = changed
         kind = BatchRunner if models.engine.slots is None else ContinuousRunner
-        runner = kind(models, report)
+        runner = kind(models, report, lambda: self.observers.listens("tokens_made"))
         self.intakes[name.value] = Intake(name.value, runner, context)
         self._runners.append(runner)
 
@@ -179,6 +179,11 @@ class Fleet:
             engines=engines,
             in_flight=sum(intake.in_flight for intake in self.intakes.values()),
             limits=limits,
+            quiet_seconds={
+                runner.models.engine.name: seconds
+                for runner in self._runners
+                if (seconds := runner.progress.quiet_seconds()) is not None
+            },
             gpus=self.devices.gpus,
             gpu_problems=self.devices.problems,
         )

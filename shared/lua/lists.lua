@@ -21,8 +21,9 @@ local function lane_of(shared, tenant)
   return tenant == '' and shared or 'muai:lane:' .. shared .. ':' .. tenant
 end
 
--- Put messages on a list: side 'L' is behind everything that waits, 'R' in front of it.
-local function push(list, side, messages)
+-- Put messages on a list: side 'L' is behind everything that waits, 'R' in front of it. The queues of Celery's own are not
+-- counted, those of requests are, from the first that is submitted.
+local function push(list, side, messages, submitted)
   local queue, tenant, shared = parts(list)
   local bytes = 0
   for first = 1, #messages, 1000 do
@@ -36,7 +37,7 @@ local function push(list, side, messages)
     redis.call('ZADD', 'muai:lanes:' .. shared, 'NX', turn + 1, tenant)
     redis.call('HINCRBY', 'muai:queue:' .. queue, 'laned', #messages)
     redis.call('HINCRBY', 'muai:queue:' .. queue, 'bytes', bytes)
-  elseif redis.call('EXISTS', 'muai:queue:' .. queue) == 1 then -- not for the queues of Celery's own
+  elseif submitted or redis.call('EXISTS', 'muai:queue:' .. queue) == 1 then
     redis.call('HINCRBY', 'muai:queue:' .. queue, 'bytes', bytes)
   end
 end

@@ -129,8 +129,7 @@ for _, group in ipairs(groups) do
   for i = group.first, group.last, 2 do out[#out + 1] = pushed[i] or 0 end
   if #messages > 0 then
     redis.call('ZADD', KEYS[1], unpack(marks)) -- the first write: a full broker refuses it
-    redis.call('HSETNX', 'muai:queue:' .. group.queue, 'bytes', 0)
-    push(group.list, 'L', messages)
+    push(group.list, 'L', messages, true)
   end
 end
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - 1000 * ttl)

@@ -8,10 +8,10 @@ is no longer ours. So a request gets exactly one terminal record wherever a proc
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 import redis
@@ -20,7 +20,7 @@ from shared import keys
 from shared.broker import lua
 from shared.contract import DEFAULT_TENANT
 from shared.limits import Limits, LimitsInForce
-from shared.settings import FleetSettings, Settings
+from shared.settings import FleetSettings, Settings, TenantSettings
 from workers.broker.pipelined import PipelinedScripts
 
 SAME = "="
@@ -44,12 +44,13 @@ class LeasedMessage:
 class Claim:
     """What a claim brought.
 
-    ``now`` is the broker's clock in seconds, ``waiting`` is 0 where nothing is left that may be claimed, ``left_out``
-    how many tenants have their share of what is in flight, ``cancelled`` how many cancellations are remembered.
+    ``now`` is the broker's clock in seconds (0 where there was nothing to claim), ``waiting`` whether more is left that
+    may be claimed, ``left_out`` how many tenants have their share of what is in flight, ``cancelled`` how many
+    cancellations are remembered.
     """
 
     now: float
-    waiting: int
+    waiting: bool
     left_out: int
     cancelled: int
     messages: list[LeasedMessage]
@@ -130,7 +131,64 @@ class Swept:
     payload: bytes
 
 
-class Delivery:
+class Delivery(Protocol):
+    """The commands, as the rest of a worker knows them. Each raises what a broker that fails raises.
+
+    There are two: :class:`RedisDelivery`, and :class:`workers.broker.memory.MemoryDelivery` for tests of the rules. One
+    contract suite runs over both. What ends in ``soon`` is for the loop: the answer is given to ``then`` when it comes;
+    where none will come ``lost`` is called, and the command was carried out, or was not.
+    """
+
+    lease_seconds: float
+
+    def claim(self, queue: str, limit: int) -> Claim:
+        """Lease up to ``limit`` messages of ``queue``, the most urgent and oldest first."""
+
+    def claim_soon(self, queue: str, limit: int, then: Callable[[Claim], None], lost: Callable[[], None]) -> None:
+        """The same, while the loop goes on."""
+
+    def begin(self, messages: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """Whether messages, each a lease and a request id, may run: for those that others than our client have sent."""
+
+    def settle(self, settlements: Sequence[Settlement]) -> list[Written]:
+        """End leases, and write what follows; says what came of each."""
+
+    def settle_soon(
+        self, settlements: Sequence[Settlement], then: Callable[[list[Written]], None], lost: Callable[[], None]
+    ) -> None:
+        """The same, while the loop goes on. What was ``lost`` may be settled again: what was written stands."""
+
+    def wait(self) -> None:
+        """Take in what has become of all that was sent so far."""
+
+    def cancelled_among(self, request_ids: Sequence[str]) -> set[str]:
+        """Which of these requests were cancelled."""
+
+    def sweep(self) -> tuple[float | None, list[Swept]]:
+        """Take over expired leases and put due delayed messages back.
+
+        Returns the seconds until the next one is due (``None``: there is none) and what was taken over.
+        """
+
+    def share_out(self, places: int) -> None:
+        """Reckon what each tenant may have in flight of this many places in the fleet."""
+
+
+Quotas = dict[str, tuple[float, int]]
+"""By tenant (``*`` is everybody who is not named): its weight, and how many may be in flight (0: any number)."""
+
+
+def quotas_of(tenants: Mapping[str, TenantSettings], places: int) -> Quotas:
+    """The quotas of the tenants in a fleet with so many places."""
+    return {
+        "" if tenant == DEFAULT_TENANT else tenant: (
+            rule.weight, 0 if rule.in_flight_share is None else max(1, int(rule.in_flight_share * places)),
+        )
+        for tenant, rule in tenants.items()
+    }  # fmt: skip
+
+
+class RedisDelivery:
     """The scripts over one broker connection pool. From any thread; the loop uses what ends in ``soon``."""
 
     def __init__(self, client: redis.Redis, fleet: FleetSettings, limits: LimitsInForce | None = None) -> None:
@@ -156,12 +214,7 @@ class Delivery:
 
     def share_out(self, places: int) -> None:
         """Reckon what each tenant may have in flight of this many places in the fleet."""
-        rules = {
-            "" if tenant == DEFAULT_TENANT else tenant: (
-                rule.weight, 0 if rule.in_flight_share is None else max(1, int(rule.in_flight_share * places)),
-            )
-            for tenant, rule in self._limits.now.tenants.items()
-        }  # fmt: skip
+        rules = quotas_of(self._limits.now.tenants, places)
         self.quotas = json.dumps(rules) if rules else ""
 
     def claim(self, queue: str, limit: int) -> Claim:
@@ -169,16 +222,27 @@ class Delivery:
         names, args = self._claim_terms(queue, limit)
         return _claim_of(self._claim(keys=names, args=args))
 
-    def claim_soon(self, queue: str, limit: int, then: Callable[[Claim], None], lost: Callable[[], None]) -> None:
-        """The same by the pipelined connection."""
+    def claim_soon(
+        self,
+        queue: str,
+        limit: int,
+        then: Callable[[Claim], None],
+        lost: Callable[[], None],
+        scripts: PipelinedScripts | None = None,
+    ) -> None:
+        """The same by a pipelined connection, which brings news of the queue's lists once they were found empty."""
         names, args = self._claim_terms(queue, limit)
-        self.scripts.run(self._claim, names, args, lambda rows: then(_claim_of(rows)), lost)
+        (scripts or self.scripts).run(self._claim, names, args, lambda rows: then(_claim_of(rows)), lost)
+
+    def pipeline(self) -> PipelinedScripts:
+        """A pipelined connection for claims outside the loop."""
+        return PipelinedScripts(self._client)
 
     def _claim_terms(self, queue: str, limit: int) -> tuple[list[str], list[str | int]]:
         names = self._claim_keys.get(queue)
         if names is None:
             leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER, keys.CANCELLED]
-            names = [*leases, keys.queue_state(queue), keys.IN_FLIGHT, *keys.lists_of(queue)]
+            names = [*leases, keys.queue_state(queue), keys.IN_FLIGHT, *keys.lists_of(queue), *keys.lanes_of(queue)]
             self._claim_keys[queue] = names
         return names, [limit, self._lease_ms, self._limits.now.starvation_limit, self.quotas]
 
@@ -237,7 +301,7 @@ class Delivery:
 
 def _claim_of(rows: list[Any]) -> Claim:
     messages = [LeasedMessage(lease.decode(), payload) for lease, payload in zip(rows[4::2], rows[5::2], strict=True)]
-    return Claim(rows[0] / 1000, rows[1], rows[2], rows[3], messages)
+    return Claim(rows[0] / 1000, rows[1] > 0, rows[2], rows[3], messages)
 
 
 def _written(flags: list[int]) -> list[Written]:

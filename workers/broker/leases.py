@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Protocol, cast
 
 from shared import keys
 from shared.settings import FleetSettings
@@ -39,6 +39,16 @@ LATEST = 1e11
 """Seconds since the epoch that never come. A deadline may lie in the future as far as its sender likes."""
 
 _ROOT = str(Path(__file__).resolve().parents[2])
+
+
+class Leases(Protocol):
+    """The leases that a worker holds, as those see them who take requests over and end them."""
+
+    def hold(self, lease: str, deadline: float | None = None) -> None:
+        """Keep ``lease`` until it is released, but not past ``deadline`` (seconds since the epoch)."""
+
+    def release(self, leases: Iterable[str]) -> None:
+        """Stop keeping these leases."""
 
 
 class LeaseKeeper:

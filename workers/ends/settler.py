@@ -1,7 +1,8 @@
 """One way to end: for every way in which a request ends, who is told, what is written and who is answered, in order.
 
 The rest of its canvas is told first (what is published twice has the same id, what is not published is lost), then the
-lease ends together with everything that is written, and then, where that stands, the observers are told.
+lease ends together with everything that is written, and then, where that stands, the observers are told. What each end
+comes to is in one table in ``docs/life-of-a-request.md``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from kombu.exceptions import OperationalError
 from shared.errors import EngineError
 from workers.broker.delivery import Delivery, Settlement, Written
 from workers.broker.errors import BROKER_ERRORS
-from workers.broker.leases import LeaseKeeper
+from workers.broker.leases import Leases
 from workers.ends.canvas import Canvas
 from workers.ends.settlements import settlement_of
 from workers.observe.observers import Observers
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 class Settler:
     """Ends requests. Whoever finds an end goes through it: intakes by their outbox, everybody else by :meth:`end`."""
 
-    def __init__(self, delivery: Delivery, leases: LeaseKeeper, observers: Observers, canvas: Canvas) -> None:
+    def __init__(self, delivery: Delivery, leases: Leases, observers: Observers, canvas: Canvas) -> None:
         self.delivery = delivery
         self.leases = leases
         self._observers = observers

@@ -1,4 +1,7 @@
-"""From a claimed message to a request that waits: it is read, checked, and sent where it can be answered."""
+"""From a claimed message to a request that waits: it is read, checked, and sent where it can be answered.
+
+The whole way is in ``docs/life-of-a-request.md``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from shared.errors import FleetError, UndecodableMessage
 from shared.limits import LimitsInForce
 from workers.broker.delivery import Delivery, Verdict
 from workers.broker.errors import BROKER_ERRORS
-from workers.broker.leases import LeaseKeeper
+from workers.broker.leases import Leases
 from workers.ends.outbox import Outbox
 from workers.ends.settler import frames
 from workers.models.manager import ModelManager
@@ -38,7 +41,7 @@ class Admission:
         self,
         table: RequestTable,
         delivery: Delivery,
-        leases: LeaseKeeper,
+        leases: Leases,
         outbox: Outbox,
         observers: Observers,
         models: ModelManager,
@@ -80,9 +83,10 @@ class Admission:
 
     def _admit(self, item: InFlight) -> None:
         wire.check_body(item.body, self._limits.now.max_payload_bytes)
+        read_before = item.embed is not None
         args, kwargs, item.embed = item.decode()
         later = item.due > item.claimed
-        if not later:
+        if not later and not read_before:
             self._observers.tell("request_received", item)
         item.request = request = item.validated(args, kwargs)
         if (ending := self._expiry.unwanted(item, item.claimed)) is not None:

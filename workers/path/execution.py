@@ -1,4 +1,7 @@
-"""From waiting to running: when the engine has room, what is due starts; what need not wait here goes back."""
+"""From waiting to running: when the engine has room, what is due starts; what need not wait here goes back.
+
+The whole way is in ``docs/life-of-a-request.md``.
+"""
 
 from __future__ import annotations
 
@@ -130,7 +133,7 @@ class Execution:
 
     def _pump_alone(self, now: float) -> None:
         """Start the one that runs by itself, once nothing else is in this worker's hands."""
-        self.put_back(self._waiting.drain())
+        self.put_back([*self._waiting.drain(), *self._table.all(State.CLAIMED, State.ASKING, State.RESTING)])
         if not self._batches:
             for item in self._table.all(State.ALONE):
                 if (ending := self._expiry.unwanted(item, now)) is not None:
@@ -192,4 +195,5 @@ class Execution:
         if self._loop is None:
             raise RuntimeError("a request rests on a loop")
         self._table.move(item, State.RESTING)
+        item.attempts += 1
         self._loop.call_later(seconds, then, item)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from celery.worker import state
+from collections.abc import Container
 
 from shared.contract import InferenceRequest
 from shared.errors import DeadlineExceeded
@@ -13,15 +13,16 @@ from workers.requests.inflight import InFlight
 
 
 class Expiry:
-    """Judges the requests of one engine."""
+    """Judges the requests of one engine. ``revoked`` holds the ids that an operator has revoked on this worker."""
 
-    def __init__(self, models: ModelManager, waiting: WaitingRoom) -> None:
+    def __init__(self, models: ModelManager, waiting: WaitingRoom, revoked: Container[str]) -> None:
         self._models = models
         self._waiting = waiting
+        self._revoked = revoked
 
     def unwanted(self, item: InFlight, now: float) -> Ending | None:
         """How a request ends that nobody wants at ``now`` (seconds since the epoch); ``None`` where it is wanted."""
-        if item.id in state.revoked:
+        if item.id in self._revoked:
             return Ending.cancelled(item)
         expires, request = item.expires, item.request
         if expires is not None and now >= expires:

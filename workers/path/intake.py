@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Container
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from shared.registry import WorkerInfo
 from shared.settings import Settings
 from workers.broker.delivery import LEFT_OUT_SECONDS, Claim, Delivery
 from workers.broker.errors import BROKER_ERRORS
-from workers.broker.leases import LeaseKeeper
+from workers.broker.leases import Leases
 from workers.ends.outbox import Outbox
 from workers.ends.settler import Settler
 from workers.observe.observers import Observers
@@ -41,18 +41,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class IntakeContext:
-    """What all intakes of a worker share. ``clock`` tells seconds since the epoch."""
+    """What all intakes of a worker share.
+
+    ``revoked`` holds the ids that an operator has revoked on this worker; ``clock`` tells seconds since the epoch.
+    """
 
     settings: Settings
     limits: LimitsInForce
     delivery: Delivery
-    leases: LeaseKeeper
+    leases: Leases
     observers: Observers
     settler: Settler
     worker_id: str
     live_workers: Callable[[], list[WorkerInfo]]
     refresh: Callable[[float], None]
     announce: Callable[[], None]
+    revoked: Container[str]
     clock: Callable[[], float]
 
 
@@ -68,10 +72,11 @@ class Intake:
         self._context = context
         self._outbox = Outbox(context.settler, self.table)
         self._waiting = waiting = WaitingRoom(runner.models.engine, context.limits)
-        self._expiry = Expiry(runner.models, waiting)
+        self._expiry = Expiry(runner.models, waiting, context.revoked)
         fallback = Fallback(
-            self.engine, runner.models, context.settings, context.worker_id, context.live_workers, context.refresh
-        )
+            self.engine, runner.models, context.settings, context.worker_id, context.live_workers, context.refresh,
+            context.clock,
+        )  # fmt: skip
         self._admission = Admission(
             self.table, context.delivery, context.leases, self._outbox, context.observers, runner.models, waiting,
             self._expiry, fallback, context.limits, self._wait,

@@ -10,7 +10,7 @@ from contextlib import suppress
 import redis
 
 from shared.broker import hasten
-from workers.broker.delivery import Delivery
+from workers.broker.delivery import RedisDelivery
 from workers.broker.errors import BROKER_ERRORS
 from workers.broker.leases import LeaseKeeper
 from workers.devices.devices import Devices
@@ -43,7 +43,7 @@ class Stopping:
     def __init__(
         self,
         client: redis.Redis,
-        delivery: Delivery,
+        delivery: RedisDelivery,
         leases: LeaseKeeper,
         devices: Devices,
         observers: Observers,

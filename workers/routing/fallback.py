@@ -49,6 +49,7 @@ class Fallback:
     """Decides for one engine of one worker. A decision that there is no way on is raised as the caller's error.
 
     ``models`` is ``None`` where the worker does not have that engine: it decides for a queue that nobody serves.
+    ``clock`` tells seconds since the epoch.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Fallback:
         worker_id: str,
         live_workers: Callable[[], Sequence[WorkerInfo]],
         refresh: Callable[[float], None],
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.engine = engine
         self._models = models
@@ -66,10 +68,11 @@ class Fallback:
         self._worker_id = worker_id
         self._live_workers = live_workers
         self._refresh = refresh
+        self._clock = clock
 
     def after_failure(self, request: InferenceRequest, hops: Sequence[Hop], error: FleetError) -> FallbackDecision:
         """The engine failed with ``error``. Raises the error with the history where no engine is left."""
-        here = Hop(engine=self.engine, error=str(error), time=time.time(), outage=error.outage)
+        here = Hop(engine=self.engine, error=str(error), time=self._clock(), outage=error.outage)
         try:
             return FallbackDecision(self._next(request, [*hops, here]), error)
         except NoEngineAvailable:
@@ -111,7 +114,7 @@ class Fallback:
     def _may_wait(self, request: InferenceRequest, hops: Sequence[Hop]) -> bool:
         """Whether an engine that is out of service now may be back within the deadline."""
         left = set(chain(request, self._settings)) - tried(hops)
-        return bool(left) and request.deadline is not None and request.deadline > time.time() + WAIT_SECONDS
+        return bool(left) and request.deadline is not None and request.deadline > self._clock() + WAIT_SECONDS
 
     def _peer_serves(self, request: InferenceRequest) -> bool:
         return any(

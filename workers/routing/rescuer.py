@@ -1,8 +1,12 @@
-"""What waits on a queue that no live worker serves moves on to the next engine that can serve it, or fails."""
+"""What waits on a queue that no live worker serves moves on to the next engine that can serve it, or fails.
+
+Where this stands in a request's way: ``docs/life-of-a-request.md``.
+"""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -27,7 +31,10 @@ MOST = 4096
 
 
 class Rescuer:
-    """Run it at every heartbeat of every worker: claims are atomic, so it needs no lock."""
+    """Run it at every heartbeat of every worker: claims are atomic, so it needs no lock.
+
+    ``clock`` tells seconds since the epoch.
+    """
 
     def __init__(
         self,
@@ -37,6 +44,7 @@ class Rescuer:
         settings: Settings,
         worker_id: str,
         live_workers: Callable[[], Sequence[WorkerInfo]],
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._delivery = delivery
         self._settler = settler
@@ -45,7 +53,7 @@ class Rescuer:
         self._due: dict[EngineName, float] = {}
         self._fallbacks = {
             # Nothing is asked anew for each message: the heartbeat that looks has just asked who lives.
-            engine: Fallback(engine, None, settings, worker_id, live_workers, refresh=lambda _: None)
+            engine: Fallback(engine, None, settings, worker_id, live_workers, refresh=lambda _: None, clock=clock)
             for engine in EngineName
         }
 

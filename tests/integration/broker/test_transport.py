@@ -88,14 +88,15 @@ def test_asking_again_while_news_waits_to_be_read(make_fleet) -> None:
         taken = []
         consumer = Consumer(channel, [Queue("plain")], accept=["json"], on_message=taken.append)
         consumer.consume()
-        channel.arm()
-        channel.wake_connection().next_health_check = 0.0  # as after health_check_interval seconds
+        assert channel.claim_all() is False
+        connection.Producer(serializer="json").publish({}, routing_key="plain", exchange="")
 
-        channel.arm(again=True)
+        connection.transport.cycle.maybe_check_brpop_health()  # as from time to time
 
         connection.Producer(serializer="json").publish({}, routing_key="plain", exchange="")
-        eventually(lambda: connection.drain_events(timeout=5) or taken, 20)
-        taken[0].ack()
+        eventually(lambda: connection.drain_events(timeout=5) or len(taken) == 2, 20)
+        for message in taken:
+            message.ack()
     app.fleet.stop()
 
 

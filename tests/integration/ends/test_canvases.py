@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import re
 import time
@@ -128,6 +129,7 @@ def sent(fleet: FleetUnderTest, app: Celery) -> dict[tuple[str, str], Case]:
         then = BAD[name].then
         if then is not None:
             then(fleet, app, case.request_id)
+    gc.collect()  # the results, which are not waited on by themselves
     return cases
 
 

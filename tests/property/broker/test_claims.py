@@ -10,12 +10,13 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from producer.client.submission import Submission
 from producer.client.submitter import Submitter
 from shared import keys
 from shared.contract import EngineName, InferenceRequest, Priority
 from shared.errors import QueueFull
 from shared.settings import FleetSettings, Settings, TenantSettings
-from workers.broker.delivery import Delivery, Settlement
+from workers.broker.delivery import RedisDelivery, Settlement
 
 pytestmark = pytest.mark.property
 EXAMPLES = settings(
@@ -33,7 +34,7 @@ class Queue:
         self.client = client
         options = Settings(fleet=FleetSettings(**fleet))
         self.submitter = Submitter(client, options, "muai:reply:test")
-        self.delivery = Delivery(client, options.fleet)
+        self.delivery = RedisDelivery(client, options.fleet)
         self.where: dict[str, tuple[str, Priority]] = {}
 
     def submit(self, tenant: str, priority: Priority = Priority.NORMAL, count: int = 1) -> list[bool]:
@@ -42,7 +43,7 @@ class Queue:
             for _ in range(count)
         ]
         self.where.update({request.id: (tenant, priority) for request in requests})
-        return self.submitter.submit([(request, QUEUE) for request in requests], 0.0)
+        return self.submitter.submit([(Submission(request), QUEUE) for request in requests], 0.0)
 
     def claim(self, limit: int) -> list[tuple[str, str, Priority]]:
         """Leases, with the tenant and priority of their requests."""

@@ -11,20 +11,29 @@
 -- KEYS[4]   muai:cancelled       zset result key -> time of cancellation
 -- KEYS[5]   muai:queue:<queue>   what is known of the queue, see lists.lua
 -- KEYS[6]   muai:inflight        hash tenant -> leases of messages from its lanes
--- KEYS[7+]  the queue's shared lists, most urgent first (producers LPUSH, so the oldest message is on the right)
+-- KEYS[7+]  the queue's shared lists, most urgent first (producers LPUSH, so the oldest message is on the right), then for
+--           each of them muai:lanes:<list>, which tenants have lanes there
 -- ARGV[1]   most messages to move
 -- ARGV[2]   lease length, ms
 -- ARGV[3]   more urgent messages that may pass a waiting one
 -- ARGV[4]   quotas, JSON: tenant -> [weight, most in flight (0: any number)]; '*' is everybody who is not named; '' is none
--- Returns   { now in ms, messages still waiting that may be claimed, tenants that were left out, cancelled requests,
---             lease id, message, lease id, message, ... }
-redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
+-- Returns   { now in ms (0 where there was nothing), 1 where more waits that may be claimed, tenants that were left out,
+--             cancelled requests, lease id, message, lease id, message, ... }
+--
+-- A connection that tracks what it reads is told when a list changes that it found empty: each claim begins with a look at
+-- all of them, and ends with another one, since the broker forgets who has read what the same connection then changes. Many
+-- workers may wait for one message, so the look of those that come too late is cheap.
+local there = redis.call('EXISTS', KEYS[4], unpack(KEYS, 7))
+if there == 0 then return { 0, 0, 0, 0 } end
+local cancelled = redis.call('ZCARD', KEYS[4])
+if cancelled > 0 then there = there - 1 end
+if there == 0 then return { 0, 0, 0, cancelled } end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local expiry = now + ARGV[2]
 local limit, patience = tonumber(ARGV[1]), tonumber(ARGV[3])
 local quotas = ARGV[4] ~= '' and cjson.decode(ARGV[4]) or {}
-local out = { now, 0, 0, redis.call('ZCARD', KEYS[4]) }
+local out = { now, 0, 0, cancelled }
 local taken, bytes, laned = 0, 0, 0
 
 local function lease(list, tenant, messages)
@@ -66,6 +75,7 @@ local function take(step, n)
   local shared, zset = step.list, 'muai:lanes:' .. step.list
   if step.lanes == 1 and redis.call('ZREM', zset, '') == 1 then step.lanes = 0 end
   if step.lanes == 0 then return lease(shared, '', redis.call('RPOP', shared, n) or {}) end
+  redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
   local turn = tonumber(redis.call('HGET', KEYS[5], 'turn:' .. shared)) or 0
   if redis.call('LLEN', shared) > 0 then redis.call('ZADD', zset, 'NX', turn + 1, '') end
   local before, skipped = taken, 0
@@ -89,12 +99,17 @@ local function take(step, n)
   return taken - before
 end
 
-local steps, busy = {}, 0
-for i = 7, #KEYS do
-  local step = { list = KEYS[i], waiting = redis.call('LLEN', KEYS[i]), lanes = redis.call('ZCARD', 'muai:lanes:' .. KEYS[i]) }
-  step.open = step.waiting > 0 or step.lanes > 0
-  if step.open then busy = busy + 1 end
-  steps[#steps + 1] = step
+local steps, busy, count = {}, 0, (#KEYS - 6) / 2
+for i = 1, count do steps[i] = { list = KEYS[6 + i], lanes = 0, open = false } end
+for i = 1, 2 * count do
+  if there == 0 then break end -- the others hold nothing
+  local step, shared = steps[(i - 1) % count + 1], i <= count
+  local held = redis.call(shared and 'LLEN' or 'ZCARD', KEYS[6 + i])
+  if held > 0 then
+    there = there - 1
+    if not shared then step.lanes = held end
+    if not step.open then step.open, busy = true, busy + 1 end
+  end
 end
 
 if busy == 1 then
@@ -136,14 +151,10 @@ elseif busy > 1 then
   end
 end
 
-if taken == limit then
-  for _, step in ipairs(steps) do
-    if step.open then out[2] = out[2] + redis.call('LLEN', step.list) + redis.call('ZCARD', 'muai:lanes:' .. step.list) end
-  end
-end
+if redis.call('EXISTS', unpack(KEYS, 7)) > 0 and taken == limit then out[2] = 1 end
 
-if taken > 0 and redis.call('EXISTS', KEYS[5]) == 1 then
-  local state = redis.call('HMGET', KEYS[5], 'bytes', 'at', 'taken', 'rate')
+local state = taken > 0 and redis.call('HMGET', KEYS[5], 'bytes', 'at', 'taken', 'rate')
+if state and state[1] then -- not for the queues of Celery's own
   local size, at, count, rate = tonumber(state[1]) or 0, tonumber(state[2]) or 0, tonumber(state[3]) or 0, tonumber(state[4])
   count = count + taken
   if now - at > 5000 then -- nothing was taken for a while: that was no measurement

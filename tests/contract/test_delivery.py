@@ -1,0 +1,393 @@
+"""What moves requests through the broker, in memory and on a real one: the same steps have the same results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from shared import keys, wire
+from shared.errors import EngineError
+from shared.limits import Limits, LimitsInForce
+from shared.settings import FleetSettings, Settings, TenantSettings
+from tests.support.brokers import MemorySide, RedisSide, Side, cancelled_record
+from tests.support.clock import ManualClock
+from workers.broker.delivery import Claim, Settlement, Verdict, Written
+
+QUEUE = "fake"
+LEASE = 10.0
+FLEET = FleetSettings(
+    lease_seconds=LEASE,
+    starvation_limit=2,
+    tenants={"acme": TenantSettings(weight=2, in_flight_share=0.25), "*": TenantSettings(weight=1)},
+)
+LIMITS = Limits.of(Settings(fleet=FLEET))
+REPLY = keys.reply_stream("test")
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture(params=["memory", "redis"])
+def side(request: pytest.FixtureRequest, clock: ManualClock) -> Iterator[Side]:
+    """Either broker, empty."""
+    if request.param == "memory":
+        yield MemorySide(clock, FLEET, LimitsInForce(LIMITS))
+        return
+    real = RedisSide(request.getfixturevalue("broker").url, clock, FLEET, LimitsInForce(LIMITS))
+    yield real
+    real.close()
+
+
+def success(request_id: str) -> bytes:
+    return wire.success_meta(request_id, b'{"n": 1}')
+
+
+def leases_of(claim: Claim) -> list[str]:
+    return [message.lease for message in claim.messages]
+
+
+# -- examples: what each command promises -----------------------------------------------------------------------------
+
+
+def test_a_request_is_claimed_settled_and_answered(side: Side):
+    """A result is written where it is looked up and where its caller reads, and the lease is gone."""
+    assert side.submit("fake", "a", b"message")
+    (message,) = side.delivery.claim(QUEUE, 5).messages
+
+    written = side.delivery.settle(
+        [Settlement(message.lease, result_key=keys.result_key("a"), record=success("a"), reply=REPLY)]
+    )
+
+    state = side.state()
+    assert (message.payload, written) == (b"message", [Written.DONE])
+    assert list(state["records"]) == [keys.result_key("a")]
+    assert state["replies"] == {REPLY: list(state["records"].values())}
+    assert not state["leases"]
+    assert not state["under way"]
+
+
+def test_an_id_is_taken_once_while_it_is_under_way_and_when_it_has_its_answer(side: Side):
+    assert side.submit("fake", "a", b"message")
+    assert not side.submit("fake", "a", b"message")
+    (lease,) = leases_of(side.delivery.claim(QUEUE, 5))
+    side.delivery.settle([Settlement(lease, result_key=keys.result_key("a"), record=success("a"))])
+
+    assert not side.submit("fake", "a", b"message")
+    assert side.delivery.claim(QUEUE, 5).messages == []
+
+
+def test_the_first_terminal_record_stands(side: Side):
+    """A cancelled request keeps that record, its caller is given it, and what would have followed does not."""
+    side.submit("fake", "a", b"message")
+    (lease,) = leases_of(side.delivery.claim(QUEUE, 1))
+    assert side.cancel("a", cancelled := cancelled_record("a"))
+    assert side.delivery.cancelled_among(["a", "b"]) == {"a"}
+
+    written = side.delivery.settle(
+        [Settlement(lease, result_key=keys.result_key("a"), record=success("a"), reply=REPLY, dead_reason="too late")]
+    )
+
+    assert written == [Written.CANCELLED]
+    assert side.state()["records"] == {keys.result_key("a"): cancelled}
+    assert side.state()["replies"] == {REPLY: [cancelled]}
+    assert side.state()["dead"] == []
+    assert not side.cancel("a", cancelled_record("a"))
+
+
+def test_a_request_that_was_cancelled_goes_on_to_where_it_is_ended(side: Side):
+    """It keeps its record; one that has its answer does not go on."""
+    for name in ("a", "b"):
+        side.submit("fake", name, name.encode())
+    first, second = leases_of(side.delivery.claim(QUEUE, 2))
+    side.cancel("a", cancelled := cancelled_record("a"))
+    retry = wire.failure_meta("a", EngineError("broke"), status="RETRY")
+    hops = [
+        Settlement(lease, keys.result_key("a"), retry, push_list="onnx", push_message=name)
+        for lease, name in ((first, "a"), (second, "b"))
+    ]
+    assert side.delivery.settle(hops[:1]) == [Written.DONE]
+    assert side.state()["records"] == {keys.result_key("a"): cancelled}
+    assert side.state()["lists"] == {"onnx": [b"a"]}
+
+    (third,) = leases_of(side.delivery.claim("onnx", 1))
+    side.submit("fake", "c", b"c")
+    (fourth,) = leases_of(side.delivery.claim(QUEUE, 1))
+    side.delivery.settle([Settlement(third), Settlement(fourth, keys.result_key("c"), success("c"))])
+    hop = Settlement(second, keys.result_key("c"), retry, push_list="onnx", push_message="b")
+    assert side.delivery.settle([hop]) == [Written.ANSWERED]
+    assert side.state()["lists"] == {}
+
+
+def test_a_lease_that_is_lost_writes_nothing(side: Side, clock: ManualClock):
+    """It expired, and who swept has it under another name."""
+    side.submit("fake", "a", b"message")
+    (lease,) = leases_of(side.delivery.claim(QUEUE, 1))
+    assert side.delivery.sweep() == (LEASE, [])
+    clock.advance(LEASE)
+    _, (swept,) = side.delivery.sweep()
+
+    written = side.delivery.settle([Settlement(lease, result_key=keys.result_key("a"), record=success("a"))])
+
+    assert (swept.list_name, swept.payload) == ("fake", b"message")
+    assert written == [Written.LOST]
+    assert side.state()["records"] == {}
+    assert list(side.state()["leases"]) == [swept.lease]
+
+
+def test_a_delayed_message_comes_back_in_front_at_its_time(side: Side, clock: ManualClock):
+    side.submit("fake", "a", b"first")
+    (lease,) = leases_of(side.delivery.claim(QUEUE, 1))
+    side.delivery.settle([Settlement(lease, due_ms=int(clock.now * 1000) + 500)])
+    side.submit("fake", "b", b"second")
+
+    assert side.delivery.sweep() == (0.5, [])
+    clock.advance(0.5)
+    assert side.delivery.sweep() == (None, [])
+    assert [message.payload for message in side.delivery.claim(QUEUE, 5).messages] == [b"first", b"second"]
+
+
+def test_an_id_runs_once_at_a_time(side: Side):
+    """A second message of an id waits while the first has its lease, and is done when that has its answer."""
+    side.submit("fake", "other", b"x")
+    side.submit("fake", "another", b"y")
+    first, second = leases_of(side.delivery.claim(QUEUE, 2))
+
+    assert side.delivery.begin([(first, "a"), (second, "a")]) == [Verdict.RUN, Verdict.WAIT]
+    assert side.delivery.begin([(first, "a")]) == [Verdict.RUN]
+    assert side.delivery.begin([(first, "other")]) == [Verdict.WAIT]
+    side.delivery.settle([Settlement(first, result_key=keys.result_key("a"), record=success("a"))])
+    assert side.delivery.begin([(second, "a")]) == [Verdict.DONE]
+
+
+def claimed(side: Side, size: int) -> str:
+    """The first letters of all messages, in the order in which claims of this size bring them."""
+    order = ""
+    while found := side.delivery.claim(QUEUE, size).messages:
+        order += "".join(message.payload[:1].decode() for message in found)
+    return order
+
+
+def test_tenants_take_turns_by_their_weights(side: Side):
+    """The shared list and the lanes of one priority; acme has twice the weight."""
+    side.delivery.share_out(100)
+    for tenant, count in (("acme", 6), ("beta", 4), ("default", 3)):
+        for number in range(count):
+            side.submit(keys.list_of(QUEUE, 3, tenant), f"{tenant}-{number}", tenant.encode())
+
+    assert claimed(side, 2) == "dabadabadabab"
+
+
+def test_a_less_urgent_message_is_passed_by_so_many_only(side: Side):
+    """``starvation_limit`` is two here."""
+    for step, name, count in ((0, "high", 7), (3, "normal", 3), (6, "low", 2)):
+        for number in range(count):
+            side.submit(keys.list_of(QUEUE, step), f"{name}-{number}", name.encode())
+
+    assert claimed(side, 3) == "hhlnhhlnhhnh"
+
+
+def test_a_tenant_that_has_its_share_of_what_is_in_flight_is_left_out(side: Side):
+    """Until one of its requests ends."""
+    side.delivery.share_out(8)
+    for number in range(4):
+        side.submit(keys.list_of(QUEUE, 3, "acme"), f"a{number}", b"acme")
+    first = side.delivery.claim(QUEUE, 8)
+    second = side.delivery.claim(QUEUE, 8)
+    side.delivery.settle([Settlement(first.messages[0].lease)])
+    third = side.delivery.claim(QUEUE, 8)
+
+    assert [len(claim.messages) for claim in (first, second, third)] == [2, 0, 1]
+    assert [claim.left_out for claim in (first, second, third)] == [1, 1, 1]
+    assert not second.waiting
+
+
+def test_what_is_sent_soon_is_answered_in_order(side: Side):
+    """Without a loop each command is waited for."""
+    side.submit("fake", "a", b"message")
+    answers: list[Any] = []
+    side.delivery.claim_soon(QUEUE, 1, answers.append, lambda: answers.append("lost"))
+    (lease,) = leases_of(answers.pop())
+    side.delivery.settle_soon([Settlement.give_back(lease), Settlement("none")], answers.extend, answers.clear)
+    side.delivery.wait()
+
+    assert answers == [Written.DONE, Written.LOST]
+    assert side.state()["lists"] == {"fake": [b"message"]}
+
+
+# -- random steps -----------------------------------------------------------------------------------------------------
+
+NAMES = [f"r{number}" for number in range(12)]
+LISTS = [
+    keys.list_of(queue, step, tenant)
+    for queue, step, tenant in [
+        ("fake", 0, "default"), ("fake", 3, "default"), ("fake", 6, "default"), ("fake", 3, "acme"),
+        ("fake", 3, "beta"), ("fake", 0, "beta"), ("onnx", 3, "default"), ("onnx", 3, "acme"),
+    ]
+]  # fmt: skip
+
+
+class SameOnBoth(RuleBasedStateMachine):
+    """Drives both brokers, and compares what each says and what each holds afterwards."""
+
+    url = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = ManualClock()
+        self.limits = LimitsInForce(LIMITS)
+        self.memory = MemorySide(self.clock, FLEET, self.limits)
+        self.real = RedisSide(self.url, self.clock, FLEET, self.limits)
+        self.leases: list[tuple[str, str]] = []
+        self.sent = 0
+
+    def teardown(self) -> None:
+        self.real.close()
+
+    def both(self, command: str, *args: Any) -> Any:
+        """The answer of either delivery, which is that of the other as well."""
+        found = getattr(self.memory.delivery, command)(*args)
+        assert getattr(self.real.delivery, command)(*args) == found
+        return found
+
+    def lease(self, pick: int) -> tuple[str, str]:
+        """One that is or was held, and its request."""
+        return self.leases[pick % len(self.leases)]
+
+    @initialize(places=st.sampled_from([4, 100]))
+    def share_out(self, places: int) -> None:
+        self.both("share_out", places)
+
+    @rule(name=st.sampled_from(NAMES), where=st.sampled_from(LISTS), count=st.integers(1, 9))
+    def submit(self, name: str, where: str, count: int) -> None:
+        for number in range(count):
+            request_id = f"{name}-{number}"
+            message = b"%d-%s" % (self.sent, request_id.encode())
+            self.sent += 1
+            assert self.memory.submit(where, request_id, message) == self.real.submit(where, request_id, message)
+
+    @rule(queue=st.sampled_from(["fake", "fake", "onnx"]), limit=st.integers(1, 9))
+    def claim(self, queue: str, limit: int) -> None:
+        mine, other = self.memory.delivery.claim(queue, limit), self.real.delivery.claim(queue, limit)
+        assert other.messages == mine.messages
+        assert bool(other.waiting) == bool(mine.waiting)
+        assert (other.left_out, other.cancelled) == (mine.left_out, mine.cancelled)
+        if mine.messages:
+            assert other.now == mine.now
+        self.leases += [(message.lease, message.payload.decode().split("-", 1)[1]) for message in mine.messages]
+
+    @precondition(lambda self: self.leases)
+    @rule(
+        ends=st.lists(
+            st.tuples(
+                st.integers(0, 30),
+                st.sampled_from(
+                    [
+                        "done",
+                        "result",
+                        "error",
+                        "revoked",
+                        "hop",
+                        "unserved",
+                        "back",
+                        "again",
+                        "delay",
+                        "dead",
+                        "silent",
+                    ]
+                ),
+            ),
+            min_size=1,
+            max_size=4,
+        ),
+        soon=st.booleans(),
+    )
+    def settle(self, ends: list[tuple[int, str]], soon: bool) -> None:
+        settlements = [self.settlement(*self.lease(pick), end) for pick, end in ends]
+        if not soon:
+            self.both("settle", settlements)
+            return
+        answers: list[list[Written]] = []
+        self.both("settle_soon", settlements, answers.append, answers.clear)
+        self.both("wait")
+        assert len(answers) == 2
+        assert answers[0] == answers[1]
+
+    def settlement(self, lease: str, request_id: str, end: str) -> Settlement:
+        key, error = keys.result_key(request_id), EngineError("it broke")
+        failure = wire.failure_meta(request_id, error)
+        return {
+            "done": Settlement(lease),
+            "result": Settlement(lease, key, success(request_id), REPLY),
+            "error": Settlement(lease, key, failure, REPLY),
+            "revoked": Settlement(lease, key, cancelled_record(request_id), REPLY),
+            "hop": Settlement(
+                lease, key, wire.failure_meta(request_id, error, status="RETRY"), push_list=LISTS[-2],
+                push_message=f"hopped-{request_id}", push_front=True,
+            ),
+            "unserved": Settlement(lease, push_list=LISTS[-1], push_message=f"moved-{request_id}"),
+            "back": Settlement.give_back(lease),
+            "again": Settlement.give_back(lease, f"again-{request_id}"),
+            "delay": Settlement(lease, due_ms=int(self.clock.now * 1000) + 4000),
+            "dead": Settlement(lease, key, failure, REPLY, dead_reason="it made no sense"),
+            "silent": Settlement(lease, "", success(request_id), REPLY),
+        }[end]  # fmt: skip
+
+    @rule()
+    def sweep(self) -> None:
+        _, taken = self.both("sweep")
+        self.leases += [(swept.lease, swept.payload.decode().split("-", 1)[1]) for swept in taken]
+
+    @rule(seconds=st.sampled_from([0.001, 1.0, 4.0, LEASE]))
+    def time_passes(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+
+    @rule(name=st.sampled_from(NAMES), number=st.integers(0, 3))
+    def cancel(self, name: str, number: int) -> None:
+        request_id, record = f"{name}-{number}", cancelled_record(name)
+        assert self.memory.cancel(request_id, record) == self.real.cancel(request_id, record)
+
+    @precondition(lambda self: self.leases)
+    @rule(picks=st.lists(st.integers(0, 30), min_size=1, max_size=3), name=st.sampled_from([None, *NAMES]))
+    def begin(self, picks: list[int], name: str | None) -> None:
+        self.both("begin", [(lease, name or request_id) for lease, request_id in map(self.lease, picks)])
+
+    @rule(names=st.lists(st.sampled_from(NAMES), max_size=4))
+    def ask_for_cancellations(self, names: list[str]) -> None:
+        self.both("cancelled_among", [f"{name}-0" for name in names])
+
+    @rule(limit=st.integers(1, 5))
+    def change_the_limits(self, limit: int) -> None:
+        self.limits.replace(starvation_limit=limit)
+
+    @invariant()
+    def they_hold_the_same(self) -> None:
+        assert self.real.state() == self.memory.state()
+
+
+def test_random_steps_have_the_same_results_on_both(broker: Any) -> None:
+    """Whatever is submitted, claimed, settled, swept, begun and cancelled, in whatever order."""
+
+    class OverThisBroker(SameOnBoth):
+        url = broker.url
+
+    run_state_machine_as_test(
+        OverThisBroker,
+        settings=settings(
+            max_examples=40, stateful_step_count=25, deadline=None, derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )  # fmt: skip

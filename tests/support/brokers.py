@@ -1,0 +1,138 @@
+"""A broker in memory and a real one, seen in the same way: what one contract suite runs over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import redis
+
+from shared import keys, wire
+from shared.broker import lua
+from shared.errors import Cancelled
+from shared.limits import LimitsInForce
+from shared.settings import FleetSettings
+from tests.support.clock import ManualClock
+from workers.broker.delivery import RedisDelivery
+from workers.broker.memory import MemoryDelivery
+from workers.broker.memory_broker import MemoryBroker
+
+CLOCK = "test:clock"
+
+State = dict[str, Any]
+"""What a broker holds: lists, leases, records, replies, dead letters and what is remembered of requests."""
+
+
+def cancelled_record(request_id: str) -> bytes:
+    """What a caller writes who cancels."""
+    return wire.failure_meta(request_id, Cancelled(), status="REVOKED")
+
+
+class MemorySide:
+    """The broker in memory."""
+
+    def __init__(self, clock: ManualClock, fleet: FleetSettings, limits: LimitsInForce) -> None:
+        self._broker = MemoryBroker(clock)
+        self.delivery = MemoryDelivery(self._broker, fleet, limits)
+
+    def submit(self, list_name: str, request_id: str, message: bytes) -> bool:
+        return self._broker.submit(list_name, request_id, message)
+
+    def cancel(self, request_id: str, record: bytes) -> bool:
+        return self._broker.cancel(request_id, record)
+
+    def state(self) -> State:
+        broker = self._broker
+        return {
+            "lists": broker.queues.waiting(),
+            "leases": {name: (lease.list_name, lease.message, lease.expiry) for name, lease in broker.leases.items()},
+            "records": broker.records,
+            "replies": dict(broker.replies),
+            "dead": [(letter.list_name, letter.reason, letter.message) for letter in broker.dead],
+            "cancelled": broker.cancelled,
+            "under way": broker.under_way,
+            "in flight": {tenant: count for tenant, count in broker.queues.in_flight.items() if count},
+        }
+
+
+class ClockedRedis(redis.Redis):
+    """A client whose scripts read the time from a key."""
+
+    def register_script(self, script: str) -> Any:
+        return super().register_script(
+            script.replace("redis.call('TIME')", f"cjson.decode(redis.call('GET', '{CLOCK}'))")
+        )
+
+
+class RedisSide:
+    """A real broker, whose scripts go by the test's clock."""
+
+    def __init__(self, url: str, clock: ManualClock, fleet: FleetSettings, limits: LimitsInForce) -> None:
+        self._client = ClockedRedis.from_url(url, protocol=2)
+        self._client.flushall()
+        self._clock = clock
+        self._submit = self._client.register_script(lua("shared", "submit"))
+        self._cancel = self._client.register_script(lua("shared", "cancel"))
+        self._fleet = fleet
+        self._delivery = RedisDelivery(self._client, fleet, limits)
+
+    @property
+    def delivery(self) -> RedisDelivery:
+        """The delivery, with the broker's clock set."""
+        self._set_clock()
+        return self._delivery
+
+    def close(self) -> None:
+        self._client.close()
+
+    def submit(self, list_name: str, request_id: str, message: bytes) -> bool:
+        self._set_clock()
+        terms = [3600, 10_000, 2**30, list_name, 0, 0, 1, request_id, message]
+        return self._submit(keys=[keys.UNDER_WAY], args=terms)[1] == 1
+
+    def cancel(self, request_id: str, record: bytes) -> bool:
+        self._set_clock()
+        return bool(self._cancel(keys=[keys.result_key(request_id), keys.CANCELLED], args=[record, 3600]))
+
+    def _set_clock(self) -> None:
+        seconds, micros = divmod(round(self._clock() * 1_000_000), 1_000_000)
+        self._client.set(CLOCK, f'["{seconds}", "{micros}"]')
+
+    def state(self) -> State:
+        client = self._client
+        names = [name.decode() for name in client.keys("*")]
+        lists = [name for name in names if name.startswith((*keys.lists_of("fake"), "onnx", keys.LANE_PREFIX))]
+        records = [name for name in names if name.startswith(keys.result_key(""))]
+        replies = [name for name in names if name.startswith(keys.REPLY_PREFIX)]
+        pipe = client.pipeline(transaction=False)
+        pipe.zrange(keys.LEASE_INDEX, 0, -1, withscores=True)
+        pipe.hgetall(keys.LEASE_MESSAGES)
+        pipe.xrange(keys.DEAD_LETTERS)
+        pipe.zrange(keys.CANCELLED, 0, -1, withscores=True)
+        pipe.zrange(keys.UNDER_WAY, 0, -1, withscores=True)
+        pipe.hgetall(keys.IN_FLIGHT)
+        for name in lists:
+            pipe.lrange(name, 0, -1)
+        for name in records:
+            pipe.get(name)
+        for name in replies:
+            pipe.xrange(name)
+        index, messages, dead, cancelled, under_way, in_flight, *rest = pipe.execute()
+        expiries = {lease.decode(): int(expiry) for lease, expiry in index}
+        assert expiries.keys() == {lease.decode() for lease in messages}
+        stored = {lease.decode(): value.split(b"\n", 1) for lease, value in messages.items()}
+        return {
+            "lists": {name: list(reversed(found)) for name, found in zip(lists, rest, strict=False)},
+            "leases": {lease: (name.decode(), message, expiries[lease]) for lease, (name, message) in stored.items()},
+            "records": dict(zip(records, rest[len(lists) :], strict=False)),
+            "replies": {
+                name: [fields[b"m"] for _, fields in found]
+                for name, found in zip(replies, rest[len(lists) + len(records) :], strict=True)
+            },
+            "dead": [(fields[b"list"].decode(), fields[b"reason"].decode(), fields[b"message"]) for _, fields in dead],
+            "cancelled": {name.decode(): int(when) for name, when in cancelled},
+            "under way": {name.decode(): int(when) for name, when in under_way},
+            "in flight": {tenant.decode(): int(count) for tenant, count in in_flight.items()},
+        }
+
+
+Side = MemorySide | RedisSide

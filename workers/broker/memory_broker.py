@@ -1,0 +1,190 @@
+"""What a broker holds and what the scripts in ``lua/`` do to it, in memory. What they let expire is kept for ever."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import orjson
+
+from shared import keys
+from workers.broker.delivery import SAME, SWEEP_LIMIT, Claim, LeasedMessage, Quotas, Settlement, Swept, Verdict, Written
+from workers.broker.memory_queues import MemoryQueues
+
+STANDS: Mapping[str, Written] = {
+    "SUCCESS": Written.ANSWERED,
+    "FAILURE": Written.ANSWERED,
+    "REVOKED": Written.CANCELLED,
+}
+"""The states of a record that no other replaces, and what comes of a settlement that finds one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A message that somebody has, or one that waits for its time. ``expiry`` is in ms since the epoch."""
+
+    list_name: str
+    message: bytes
+    expiry: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A message that was given up."""
+
+    list_name: str
+    reason: str
+    message: bytes
+
+
+class MemoryBroker:
+    """One broker, which several workers may share. ``clock`` tells seconds since the epoch."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._last = 0
+        self._running: dict[str, str] = {}
+        self.queues = MemoryQueues()
+        self.leases: dict[str, Lease] = {}
+        self.records: dict[str, bytes] = {}
+        self.published: list[tuple[str, bytes]] = []
+        self.replies: defaultdict[str, list[bytes]] = defaultdict(list)
+        self.dead: list[DeadLetter] = []
+        self.cancelled: dict[str, int] = {}
+        self.under_way: dict[str, int] = {}
+
+    @property
+    def now(self) -> int:
+        """Milliseconds since the epoch."""
+        return int(self._clock() * 1000)
+
+    # -- what a caller does -----------------------------------------------------------------------------------------
+
+    def submit(self, list_name: str, request_id: str, message: bytes) -> bool:
+        """Push a request; ``False`` where its id is under way or has its answer."""
+        if request_id in self.under_way or keys.result_key(request_id) in self.records:
+            return False
+        self.under_way[request_id] = self.now
+        self.queues.push(list_name, message, front=False)
+        return True
+
+    def cancel(self, request_id: str, record: bytes) -> bool:
+        """Write the record of a cancellation; ``False`` where the request had ended before."""
+        key = keys.result_key(request_id)
+        if self._standing(key) is not None:
+            return False
+        self._record(key, record)
+        self.cancelled[key] = self.now
+        return True
+
+    # -- what a worker does -----------------------------------------------------------------------------------------
+
+    def claim(self, queue: str, limit: int, lease_ms: int, patience: int, quotas: Quotas) -> Claim:
+        """Move messages from their lists to leases, as ``claim.lua`` does."""
+        taken = self.queues.take(queue, limit, patience, quotas)
+        messages = []
+        for list_name, tenant, message in taken.messages:
+            lease = self._next_lease(tenant)
+            self.leases[lease] = Lease(list_name, message, self.now + lease_ms)
+            messages.append(LeasedMessage(lease, message))
+        return Claim(self.now / 1000, bool(taken.waiting), taken.left_out, len(self.cancelled), messages)
+
+    def renew(self, leases: Mapping[str, float | None], lease_ms: int) -> set[str]:
+        """Keep leases, each not past its last moment (seconds since the epoch), as ``renew.lua`` does.
+
+        Returns those that are lost.
+        """
+        for lease, last in leases.items():
+            held = self.leases.get(lease)
+            if held is not None:
+                expiry = self.now + lease_ms if last is None else min(self.now + lease_ms, int(last * 1000))
+                self.leases[lease] = Lease(held.list_name, held.message, expiry)
+        return leases.keys() - self.leases.keys()
+
+    def begin(self, messages: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """Whether messages, each a lease and a request id, may run, as ``begin.lua`` does."""
+        return [self._verdict(lease, request_id) for lease, request_id in messages]
+
+    def _verdict(self, lease: str, request_id: str) -> Verdict:
+        if self._standing(keys.result_key(request_id)) is not None:
+            return Verdict.DONE
+        holder = self._running.get(request_id)
+        waits = request_id in self.under_way if holder is None else holder != lease and holder in self.leases
+        if waits:
+            return Verdict.WAIT
+        self._running[request_id] = lease
+        self.under_way[request_id] = self.now
+        return Verdict.RUN
+
+    def cancelled_among(self, request_ids: Sequence[str]) -> set[str]:
+        """Which of these requests were cancelled."""
+        return {request_id for request_id in request_ids if keys.result_key(request_id) in self.cancelled}
+
+    def settle(self, settlements: Sequence[Settlement]) -> list[Written]:
+        """End leases, each with what follows from it, as ``settle.lua`` does."""
+        return [self._settle(settlement) for settlement in settlements]
+
+    def _settle(self, it: Settlement) -> Written:
+        lease = self.leases.pop(it.lease, None)
+        if lease is None:
+            return Written.LOST
+        tenant = it.lease.partition("/")[2]
+        if tenant:
+            self.queues.in_flight[tenant] -= 1
+        if it.due_ms is not None:
+            self.leases[keys.DELAYED_PREFIX + it.lease] = Lease(lease.list_name, lease.message, it.due_ms)
+        record, written = _bytes(it.record), Written.DONE
+        if it.result_key:
+            standing = self._standing(it.result_key)
+            if standing is None:
+                self._record(it.result_key, record)
+            else:
+                record, written = self.records[it.result_key], standing
+            if not it.push_list:
+                self.under_way.pop(it.result_key.removeprefix(keys.result_key("")), None)
+        if it.reply and record:
+            self.replies[it.reply].append(record)
+        if written is Written.CANCELLED and it.push_list:
+            written = Written.DONE
+        if written is not Written.DONE:
+            return written
+        if it.push_list:
+            message = lease.message if it.push_message == SAME else _bytes(it.push_message)
+            name = lease.list_name if it.push_list == SAME else it.push_list
+            self.queues.push(name, message, front=it.push_front)
+        if it.dead_reason:
+            self.dead.append(DeadLetter(lease.list_name, it.dead_reason, lease.message))
+        return Written.DONE
+
+    def sweep(self, lease_ms: int) -> tuple[float | None, list[Swept]]:
+        """Take over what nobody holds any longer, as ``sweep.lua`` does."""
+        due = sorted((lease.expiry, name) for name, lease in self.leases.items() if lease.expiry <= self.now)
+        taken = []
+        for _, name in due[:SWEEP_LIMIT]:
+            lease = self.leases.pop(name)
+            if name.startswith(keys.DELAYED_PREFIX):
+                self.queues.push(lease.list_name, lease.message, front=True)
+            else:
+                mine = self._next_lease(name.partition("/")[2])
+                self.leases[mine] = Lease(lease.list_name, lease.message, self.now + lease_ms)
+                taken.append(Swept(mine, lease.list_name, lease.message))
+        following = min((lease.expiry for lease in self.leases.values()), default=None)
+        return None if following is None else max(0, following - self.now) / 1000, taken
+
+    def _next_lease(self, tenant: str) -> str:
+        self._last += 1
+        return f"{self._last}/{tenant}" if tenant else str(self._last)
+
+    def _standing(self, key: str) -> Written | None:
+        """What comes of a settlement because of the record that is there; ``None`` where it may be written."""
+        record = self.records.get(key)
+        return None if record is None else STANDS.get(orjson.loads(record)["status"])
+
+    def _record(self, key: str, record: bytes) -> None:
+        self.records[key] = record
+        self.published.append((key, record))
+
+
+def _bytes(text: bytes | str) -> bytes:
+    return text.encode() if isinstance(text, str) else text

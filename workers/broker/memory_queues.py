@@ -1,0 +1,161 @@
+"""The waiting messages of a broker in memory, and whose turn it is: what ``claim.lua`` and ``lists.lua`` decide."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from shared import keys
+from workers.broker.delivery import Quotas
+
+ANYBODY = (1, 0)
+"""The quota of a tenant for whom there is no rule."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What was taken for one claim: the list and the tenant of each message (empty: the shared list), and the message.
+
+    ``waiting`` is 0 where nothing is left that may be taken, ``left_out`` how often a tenant had its share already.
+    """
+
+    messages: list[tuple[str, str, bytes]]
+    waiting: int
+    left_out: int
+
+
+@dataclass(slots=True)
+class _Step:
+    """One priority of a queue, while a claim looks at it."""
+
+    name: str
+    open: bool
+    passed: int = 0
+
+
+@dataclass(slots=True)
+class _Basket:
+    """What a claim has found so far."""
+
+    limit: int
+    quotas: Quotas
+    messages: list[tuple[str, str, bytes]] = field(default_factory=list)
+    left_out: int = 0
+
+    def quota(self, tenant: str) -> tuple[float, int]:
+        return self.quotas.get(tenant) or self.quotas.get("*") or ANYBODY
+
+
+class MemoryQueues:
+    """Lists by name, as :func:`shared.keys.list_of` makes them. ``in_flight`` counts the leases of each tenant."""
+
+    def __init__(self) -> None:
+        self._lists: defaultdict[str, deque[bytes]] = defaultdict(deque)  # the oldest on the right
+        self._lanes: defaultdict[str, dict[str, float]] = defaultdict(dict)  # shared list -> tenant -> its turn
+        self._turns: defaultdict[str, float] = defaultdict(float)  # shared list -> the turn that was served last
+        self._passed: defaultdict[str, int] = defaultdict(int)  # shared list -> more urgent ones claimed since its turn
+        self.in_flight: Counter[str] = Counter()
+
+    def push(self, name: str, message: bytes, *, front: bool) -> None:
+        """Put a message on a list: in front of everything that waits, or behind it."""
+        waiting = self._lists[name]
+        if front:
+            waiting.append(message)
+        else:
+            waiting.appendleft(message)
+        tenant = _tenant_of(name)
+        if tenant:
+            shared = _shared(name)
+            self._lanes[shared].setdefault(tenant, self._turns[shared] + 1)
+
+    def waiting(self) -> dict[str, list[bytes]]:
+        """What is on each list that holds anything, the first to be claimed first."""
+        return {name: list(reversed(messages)) for name, messages in self._lists.items() if messages}
+
+    def take(self, queue: str, limit: int, patience: int, quotas: Quotas) -> Taken:
+        """Take up to ``limit`` messages of a queue, the most urgent first; ``patience`` bounds how many pass one."""
+        names = keys.lists_of(queue)
+        steps = [_Step(name, bool(self._lists[name] or self._lanes[name])) for name in names]
+        basket = _Basket(limit, quotas)
+        busy = [step for step in steps if step.open]
+        if len(busy) == 1:
+            self._take(busy[0].name, limit, basket)
+        elif busy:
+            self._take_in_turns(steps, patience, basket)
+        full = len(basket.messages) == limit
+        left = sum(len(self._lists[step.name]) + len(self._lanes[step.name]) for step in steps if step.open)
+        return Taken(basket.messages, left if full else 0, basket.left_out)
+
+    def _take_in_turns(self, steps: list[_Step], patience: int, basket: _Basket) -> None:
+        for step in steps[1:]:
+            step.passed = self._passed[step.name]
+        while (left := basket.limit - len(basket.messages)) > 0:
+            opened = [place for place, step in enumerate(steps) if step.open]
+            if not opened:
+                break
+            tired = [place for place in opened if place > 0 and steps[place].passed >= patience]
+            turn = tired[-1] if tired else opened[0]
+            behind = [step for step in steps[turn + 1 :] if step.open]
+            count = 1 if tired else min([left, *(patience - step.passed for step in behind)])
+            got = self._take(steps[turn].name, count, basket)
+            if got < count:
+                steps[turn].open = False
+            steps[turn].passed = 0
+            if not tired:
+                for step in behind:
+                    step.passed += got
+        for step in steps[1:]:
+            self._passed[step.name] = step.passed if step.open else 0
+
+    def _take(self, shared: str, count: int, basket: _Basket) -> int:
+        """Take up to ``count`` messages of one step; its tenants' lanes and the shared list take turns."""
+        lanes, before = self._lanes[shared], len(basket.messages)
+        if set(lanes) == {""}:
+            del lanes[""]
+        if not lanes:
+            basket.messages += [(shared, "", message) for message in self._pop(shared, count)]
+            return len(basket.messages) - before
+        turn = self._turns[shared]
+        if self._lists[shared]:
+            lanes.setdefault("", turn + 1)
+        skipped = 0
+        while len(basket.messages) - before < count:
+            order = sorted(lanes.items(), key=lambda entry: (entry[1], entry[0]))
+            if skipped == len(order):
+                break
+            tenant, score = order[skipped]
+            weight, most = basket.quota(tenant)
+            if tenant and most and self.in_flight[tenant] >= most:
+                skipped += 1
+                continue
+            name = _lane(shared, tenant)
+            for message in self._pop(name, 1):
+                basket.messages.append((name, tenant, message))
+                if tenant:
+                    self.in_flight[tenant] += 1
+            lanes[tenant] += 1 / weight
+            if not self._lists[name]:
+                del lanes[tenant]
+            turn = max(turn, score)
+        basket.left_out += skipped
+        self._turns[shared] = turn
+        return len(basket.messages) - before
+
+    def _pop(self, name: str, count: int) -> Iterator[bytes]:
+        waiting = self._lists[name]
+        for _ in range(min(count, len(waiting))):
+            yield waiting.pop()
+
+
+def _shared(name: str) -> str:
+    """The shared list beside which a lane lies."""
+    return name.removeprefix(keys.LANE_PREFIX).partition(":")[0] if name.startswith(keys.LANE_PREFIX) else name
+
+
+def _tenant_of(name: str) -> str:
+    return name.removeprefix(keys.LANE_PREFIX).partition(":")[2] if name.startswith(keys.LANE_PREFIX) else ""
+
+
+def _lane(shared: str, tenant: str) -> str:
+    return f"{keys.LANE_PREFIX}{shared}:{tenant}" if tenant else shared
