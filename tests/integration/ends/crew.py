@@ -20,14 +20,13 @@ from celery import Celery
 from shared import keys
 from shared.embedded import EmbeddedBroker
 from tests.conftest import FAKE, FleetUnderTest, eventually, merged
-from tests.integration.client.test_submitting import bare_app
 
 GRAVE = "grave"
 """A queue from which every message comes to a worker as that of one who has died over it."""
 
 QUICK: dict[str, Any] = {
     "fleet": {
-        "lease_seconds": 2.0, "sweep_seconds": 0.2, "heartbeat_seconds": 0.3, "rescue_after_seconds": 0.3,
+        "lease_seconds": 10.0, "sweep_seconds": 0.2, "heartbeat_seconds": 0.3, "rescue_after_seconds": 0.3,
         "max_deliveries": 1, "max_payload_bytes": 20_000, "max_result_bytes": 5_000,
     },
     "optimization": {"engine_preference": ["fake", "onnx"], "breaker": {"failures": 100_000}},
@@ -57,6 +56,7 @@ def fleet_on(
         fleet.start_worker("fake,control", environ=environ)
         yield fleet
     finally:
+        gc.collect()  # results that nobody has waited on tell the broker so, while it is there
         fleet.stop()
 
 
@@ -82,14 +82,6 @@ def undertaker(url: str) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-
-
-@contextmanager
-def user(url: str) -> Iterator[Celery]:
-    """A bare app. What it has not waited on it forgets while the broker is there to hear of it."""
-    with bare_app(url) as app:
-        yield app
-        gc.collect()
 
 
 PAST = datetime.now(UTC) - timedelta(hours=1)

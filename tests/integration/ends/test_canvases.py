@@ -19,7 +19,8 @@ from celery.utils import uuid
 
 from shared import keys
 from tests.conftest import FleetUnderTest, eventually
-from tests.integration.ends.crew import BAD, QUICK, calls_on, fleet_on, infer, left_behind, undertaker, user
+from tests.integration.client.test_submitting import bare_app
+from tests.integration.ends.crew import BAD, QUICK, calls_on, fleet_on, infer, left_behind, undertaker
 
 QUIET_SECONDS = 20
 """How long nobody may be told anything while some still wait."""
@@ -82,7 +83,7 @@ def fleet(broker, tmp_path_factory) -> Iterator[FleetUnderTest]:
 @pytest.fixture(scope="module")
 def app(fleet: FleetUnderTest) -> Iterator[Celery]:
     """A bare app of its users."""
-    with user(fleet.url) as app:
+    with bare_app(fleet.url) as app:
         yield app
 
 

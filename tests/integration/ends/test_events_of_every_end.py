@@ -13,7 +13,8 @@ from celery import chain, chord
 from celery.utils import uuid
 
 from tests.conftest import FleetUnderTest, eventually
-from tests.integration.ends.crew import BAD, QUICK, SLOW, cancel, fleet_on, infer, left_behind, revoke, undertaker, user
+from tests.integration.client.test_submitting import bare_app
+from tests.integration.ends.crew import BAD, QUICK, SLOW, cancel, fleet_on, infer, left_behind, revoke, undertaker
 from tests.integration.observe.test_events import captured
 
 TERMINAL = {"task-succeeded", "task-failed", "task-revoked", "task-rejected"}
@@ -39,28 +40,33 @@ STEPS = {
 """What is told of each; of those that are not named, that they failed, and nothing else."""
 
 
+def send(fleet: FleetUnderTest, app: Celery) -> dict[str, str]:
+    """Each end, alone and as a chord's member. Returns what each is called, by its id."""
+    names = {}
+    for name, bad in BAD.items():
+        for place in ("alone", "in a chord"):
+            request_id = uuid()
+            names[request_id] = f"{name}, {place}"
+            if bad.first is not None:
+                bad.first(fleet, app, request_id)
+            call = infer(app, **{"task_id": request_id, **bad.options})
+            (call if place == "alone" else chord([infer(app), call], infer(app))).apply_async()
+            if bad.then is not None:
+                bad.then(fleet, app, request_id)
+    names[chain(infer(app), infer(app, None)).apply_async().id] = "answered"
+    return names
+
+
 @pytest.fixture(scope="module")
 def events(broker, tmp_path_factory) -> Iterator[dict[str, list[str]]]:
-    """Each end, alone and as a chord's member; the events of each, in order, under its name."""
+    """The events of each, in order, under its name."""
     found: dict[str, list[str]] = defaultdict(list)
     with ExitStack() as stack:
         fleet = stack.enter_context(fleet_on(broker, 2, tmp_path_factory.mktemp("events"), QUICK))
         stack.enter_context(undertaker(fleet.url))
-        app = stack.enter_context(user(fleet.url))
+        app = stack.enter_context(bare_app(fleet.url))
         told = stack.enter_context(captured(app))
-        names = {}
-        for name, bad in BAD.items():
-            for place in ("alone", "in a chord"):
-                names[request_id := uuid()] = f"{name}, {place}"
-                if bad.first is not None:
-                    bad.first(fleet, app, request_id)
-                call = infer(app, **{"task_id": request_id, **bad.options})
-                (call if place == "alone" else chord([infer(app), call], infer(app))).apply_async()
-                if bad.then is not None:
-                    bad.then(fleet, app, request_id)
-        steps = chain(infer(app), infer(app, None))
-        names[steps.freeze().id] = "answered"
-        steps.apply_async()
+        names = send(fleet, app)
 
         def unended() -> list[str]:
             return [names[one] for one in names.keys() - {e["uuid"] for e in told if e["type"] in TERMINAL}]
@@ -97,7 +103,7 @@ def slow(broker, tmp_path_factory) -> Iterator[FleetUnderTest]:
 @pytest.mark.parametrize("end", [cancel, revoke])
 def test_what_is_cancelled_in_a_worker_ends_once(end: Any, slow: FleetUnderTest) -> None:
     """Queued behind others, waiting for a batch to fill, running: it is revoked, and its chord fails at once."""
-    with user(slow.url) as app, captured(app) as told, redis.Redis.from_url(slow.url) as client:
+    with bare_app(slow.url) as app, captured(app) as told, redis.Redis.from_url(slow.url) as client:
 
         def seen(request_id: str, *types: str) -> bool:
             return any(event.get("uuid") == request_id and event["type"] in types for event in told)
