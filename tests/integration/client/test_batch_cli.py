@@ -14,22 +14,9 @@ import pytest
 
 from shared import keys
 from shared.embedded import EmbeddedBroker
-from tests.conftest import ROOT, FleetUnderTest, eventually
-
-TIMEOUT = 60
-
-
-def start(fleet: FleetUnderTest, *arguments: str, **options) -> subprocess.Popen[bytes]:
-    """Start ``muai`` with this fleet's environment."""
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.Popen([sys.executable, "-m", "producer.cli", *arguments], cwd=ROOT, env=fleet.environ, **pipes)
-
-
-def muai(fleet: FleetUnderTest, *arguments: str, stdin: str = "") -> tuple[int, str, str]:
-    """Run ``muai``: ``(exit status, output, error output)``."""
-    process = start(fleet, *arguments, stdin=subprocess.PIPE)
-    out, err = process.communicate(stdin.encode(), timeout=TIMEOUT)
-    return process.returncode, out.decode(), err.decode()
+from tests.support.fleet import ROOT, FleetUnderTest
+from tests.support.shell import TIMEOUT, muai, start
+from tests.support.waiting import eventually
 
 
 def write_prompts(path: Path, count: int) -> list[str]:

@@ -11,7 +11,8 @@ import pytest
 from celery import Celery
 
 from shared.errors import BadRequest
-from tests.conftest import FleetUnderTest, eventually
+from tests.support.fleet import FleetUnderTest
+from tests.support.waiting import eventually
 
 SENDER = ("hostname", "pid", "utcoffset")
 
