@@ -16,12 +16,21 @@ import yaml
 from shared.embedded import EmbeddedBroker
 from tests.support.fleet import FAKE, FleetUnderTest, merged
 from tests.support.models import Models
+from tests.support.slowest import slowest_files
 
 OURS = re.compile(r"(shared|producer|workers)\b")
 
 # Before torch is imported, here and in every process that a test starts: threads of several processes that wait for
 # each other on few cores spin, and tiny models become fifteen times slower.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say where the time went."""
+    if lines := slowest_files(terminalreporter.stats):
+        terminalreporter.section("slowest files")
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

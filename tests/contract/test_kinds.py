@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -178,7 +179,7 @@ def test_a_kind_that_was_not_declared(load, models, engine: str) -> None:
     assert isinstance(outcome, UnsupportedKind)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["pytorch", "onnx"])
 @pytest.mark.parametrize(
     ("name", "kinds", "words"),
     [
@@ -197,6 +198,20 @@ def test_a_model_that_does_not_fit_its_declaration(
     """The load fails and says what the kind needs and what the model is."""
     with pytest.raises(EngineLoadError, match=words):
         fresh(engine, models.path(name), {"models": {"cache_dir": str(tmp_path)}}, kinds=kinds)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize(
+    ("name", "kinds", "words"),
+    [
+        ("bert", ["generate"], "which needs a causal language model; it is a BertModel: its weights lack cls"),
+        ("three", ["rerank"], "has 3 labels; a cross-encoder has one, or two"),
+    ],
+)
+def test_what_a_process_of_a_model_finds_is_the_loads_error(models, name: str, kinds: list, words: str) -> None:
+    """The same is found where a model is loaded by a process of its own, and told by the worker."""
+    with pytest.raises(EngineLoadError, match=words):
+        fresh("deepspeed", models.path(name), kinds=kinds)
 
 
 def test_texts_that_share_rows_are_embedded_as_if_alone(load, models) -> None:

@@ -49,8 +49,8 @@ def make_llama(directory: Path, **sizes: int) -> Path:
 
 def make_qwen(directory: Path) -> Path:
     """A Qwen2 of about 0.4 million parameters: biases in the attention, another rotary base."""
-    sizes = {**_decoder(), "num_hidden_layers": 2, "hidden_size": 128, "rope_theta": 1e6}  # its heads are 32 wide, as in the others
-    del sizes["head_dim"]
+    sizes = {**_decoder(), "num_hidden_layers": 2, "hidden_size": 128, "rope_theta": 1e6}
+    del sizes["head_dim"]  # its heads are 32 wide, as in the others
     return _save(directory, lambda ids: Qwen2ForCausalLM(Qwen2Config(**sizes, **ids)))
 
 
