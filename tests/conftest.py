@@ -23,6 +23,7 @@ OURS = re.compile(r"(shared|producer|workers)\b")
 # Before torch is imported, here and in every process that a test starts: threads of several processes that wait for
 # each other on few cores spin, and tiny models become fifteen times slower.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else every engine core is bound to the same processor
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -60,13 +60,6 @@ def test_greedy_tokens_equal_transformers(llama, models) -> None:
     assert [outcome.outputs["token_ids"] for outcome in found] == greedy_tokens(models, "llama")
 
 
-@pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engine cores that need not import what is imported here: for tests that are not about their processes."""
-    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
-
-
-@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("name", [name for name in DECODERS if name != "llama"])
 def test_greedy_tokens_of_other_architectures(models, name: str) -> None:
     """The same for the other decoders."""
@@ -79,7 +72,6 @@ def test_greedy_tokens_of_other_architectures(models, name: str) -> None:
     assert [o.outputs["token_ids"] for o in found] == greedy_tokens(models, name)
 
 
-@pytest.mark.usefixtures("forked")
 def test_embeddings_of_real_weights(models) -> None:
     """Vectors within 1e-4 cosine distance of transformers', and every text's neighbours in the same order."""
     texts = [*SENTENCES, *(query for query, _ in QUERIES), *prompts(50)]
