@@ -310,11 +310,11 @@ def test_a_model_without_a_chat_template(models, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_tokens_are_told_as_they_are_made(load, paths, engine: str) -> None:
+def test_tokens_are_told_as_they_are_made(load, engine: str) -> None:
     """What a listener hears is what is answered, as it is made; one that fails harms nobody."""
-    model = load(engine, "llama", paths["llama"])
+    model = load(engine, "llama")
 
     check_tokens(model)
     check_cancelled(model)
     check_broken_listener(model)
-    check_progress(load(engine, "bert", paths["bert"], kinds=["embed"]), Kind.EMBED)
+    check_progress(load(engine, "bert", kinds=["embed"]), Kind.EMBED)
