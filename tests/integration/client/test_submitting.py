@@ -182,10 +182,10 @@ def test_no_worker_is_said_at_once(make_fleet) -> None:
 
 def test_deadline_passes_while_nobody_can_run_it(make_fleet) -> None:
     """A request that waits past its deadline fails with DeadlineExceeded and is not run."""
-    fleet = make_fleet(optimization={"fake": {"latency_ms": 500}, "batcher": {"enabled": False}})
+    fleet = make_fleet(optimization={"fake": {"latency_ms": 1500}, "batcher": {"enabled": False}})
     fleet.start_worker()
 
-    handles = fleet.client.submit_many([InferenceRequest.parse(ECHO) for _ in range(3)], timeout=0.7)
+    handles = fleet.client.submit_many([InferenceRequest.parse(ECHO) for _ in range(3)], timeout=2.8)
 
     names = [type(handle.outcome(10)).__name__ for handle in handles]
     assert names[0] == "InferenceResult"

@@ -27,7 +27,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 THERE = "redis://127.0.0.1:6379/0"
 COMMANDS = [line for line in README.splitlines() if line.startswith("muai ")]
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 def blocks(language: str) -> list[str]:
@@ -63,7 +63,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[st
         said = eventually(lambda: re.search(r"export REDIS_URL='(\S+)'", (folder / "up.log").read_text()))
         environ["REDIS_URL"] = said[1]
         with Client(settings=load_settings(config, environ)) as client:
-            eventually(lambda: any("onnx" in w.queues for w in client.fleet()), 200, "the fleet")
+            eventually(lambda: any("onnx" in w.queues for w in client.fleet()), 500, "the fleet")
         yield folder, environ
     finally:
         process.send_signal(signal.SIGINT)

@@ -204,8 +204,8 @@ def test_sigterm_finishes_what_runs_and_gives_the_rest_back(make_fleet) -> None:
 
 
 def test_nothing_waits_in_one_worker_while_another_is_idle(make_fleet) -> None:
-    """With batches of one that take 800 ms, four requests are run by two workers in two rounds, not more."""
-    fleet = make_fleet(optimization={"fake": {"latency_ms": 800}, "batcher": {"enabled": False}})
+    """With batches of one that take 1.2 s, four requests are run by two workers in two rounds, not more."""
+    fleet = make_fleet(optimization={"fake": {"latency_ms": 1200}, "batcher": {"enabled": False}})
     for _ in range(2):
         fleet.start_worker()
     for _ in range(2):  # both have run one, so both know how long a batch takes
@@ -214,7 +214,7 @@ def test_nothing_waits_in_one_worker_while_another_is_idle(make_fleet) -> None:
     results = [handle.result(10) for handle in fleet.client.submit_many([ECHO] * 4)]
 
     assert sorted(Counter(result.metadata["worker"] for result in results).values()) == [2, 2]
-    assert max(result.metadata["timing"]["batched_ms"] for result in results) < 300
+    assert max(result.metadata["timing"]["batched_ms"] for result in results) < 1000
 
 
 def test_the_same_id_is_answered_once(fleet: FleetUnderTest) -> None:

@@ -20,8 +20,11 @@ from tests.support.waiting import eventually
 HANGS = {"fake": {"latency_ms": 600_000}}
 """An engine that never comes back: as far as the rest of the process can tell, a native call that hangs."""
 
-SLACK = 8.0
-"""Seconds after its grace in which a worker must be gone, on a machine that is busy with other tests."""
+SLACK = 30.0
+"""Seconds after its grace in which a worker must be gone, on a machine that is busy with other things.
+
+Half of the longest grace here: a worker that waited for its engine would take longer.
+"""
 
 
 @pytest.fixture
@@ -189,7 +192,7 @@ def test_a_broker_that_comes_back_within_the_grace_gets_the_outcomes(make_fleet,
     eventually(lambda: "away while this worker stops" in fleet.log(worker))
     own_broker.start()
 
-    assert gone_within(worker, 15) == 0
+    assert gone_within(worker, SLACK) == 0
     assert handle.result(5).text == "olleh"
 
 
@@ -211,7 +214,7 @@ def test_a_rolling_restart_under_load_loses_and_fails_nothing(make_fleet, redis_
             old = fleet.processes[len(stopped)]
             fleet.start_worker()
             old.terminate()
-            stopped.append(gone_within(old, 10))
+            stopped.append(gone_within(old, SLACK))
 
     assert texts == [str(number)[::-1] for number in range(total)]
     assert stopped == [0] * len(stopped)
