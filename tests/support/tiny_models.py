@@ -91,7 +91,7 @@ def make_t5(directory: Path) -> Path:
         directory,
         lambda ids: T5ForConditionalGeneration(
             T5Config(
-                vocab_size=ids["vocab_size"], d_model=64, d_kv=16, d_ff=128, num_layers=1, num_decoder_layers=2,
+                vocab_size=ids["vocab_size"], d_model=64, d_kv=16, d_ff=128, num_layers=3, num_decoder_layers=2,
                 num_heads=4, decoder_start_token_id=ids["pad_token_id"], pad_token_id=ids["pad_token_id"],
                 eos_token_id=ids["eos_token_id"], n_positions=CONTEXT, task_specific_params=tasks,
             )
