@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import redis
-from celery import chain, chord
+from celery import Celery, chain, chord
 from celery.utils import uuid
 
 from tests.conftest import FleetUnderTest, eventually
