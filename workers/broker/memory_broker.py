@@ -45,7 +45,7 @@ class MemoryBroker:
         self._clock = clock
         self._last = 0
         self._running: dict[str, str] = {}
-        self.queues = MemoryQueues()
+        self.queues = MemoryQueues(clock)
         self.leases: dict[str, Lease] = {}
         self.records: dict[str, bytes] = {}
         self.published: list[tuple[str, bytes]] = []
@@ -81,9 +81,9 @@ class MemoryBroker:
 
     # -- what a worker does -----------------------------------------------------------------------------------------
 
-    def claim(self, queue: str, limit: int, lease_ms: int, patience: int, quotas: Quotas) -> Claim:
+    def claim(self, queue: str, limit: int, lease_ms: int, patience: int, quotas: Quotas, affinity: str = "") -> Claim:
         """Move messages from their lists to leases, as ``claim.lua`` does."""
-        taken = self.queues.take(queue, limit, patience, quotas)
+        taken = self.queues.take(queue, limit, patience, quotas, affinity)
         messages = []
         for list_name, tenant, message in taken.messages:
             lease = self._next_lease(tenant)
@@ -135,7 +135,7 @@ class MemoryBroker:
         if tenant:
             self.queues.in_flight[tenant] -= 1
         if it.due_ms is not None:
-            delayed = keys.DELAYED_PREFIX + it.lease
+            delayed = keys.DELAYED_PREFIX + it.lease + (f"\n{it.request_id}" if it.request_id else "")
             self.leases[delayed] = Lease(lease.list_name, lease.message, it.due_ms)
             if it.request_id:
                 self.delayed[it.request_id] = delayed

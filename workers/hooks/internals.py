@@ -25,18 +25,6 @@ COMMAND = "python -m workers.hooks.internals --record"
 KEPT = Path(__file__).with_name("internals.json")
 
 RELIED_UPON: Mapping[str, Mapping[str, str]] = {
-    "workers/hooks/backend.py": {
-        "celery.backends.redis.RedisBackend.on_chord_part_return": "joins what restore_group returns",
-        "celery.backends.redis.RedisBackend.restore_group": "overridden: what it returns is joined without waiting",
-        "celery.backends.redis.RedisBackend.chord_error_from_stack": "overridden: tells the chord of the body too",
-        "celery.backends.redis.RedisBackend._handle_group_chord_error": "fails the members of a body that is a group",
-        "celery.backends.redis.RedisBackend._fail_chain": "overridden: goes into groups, and tells before it marks",
-        "celery.backends.redis.RedisBackend._unpack_chord_result": "reads a part of a chord",
-        "celery.backends.redis.RedisBackend.get_key_for_group": "names the key of a chord's parts",
-        "celery.backends.redis.RedisBackend.mark_as_revoked": "overridden: cancels as our client does",
-        "celery.worker.control._revoke": "calls mark_as_revoked for what no worker runs",
-        "celery.app.backends.by_name": "looks for the class in the loader's override_backends",
-    },
     "workers/hooks/transport.py": {
         "kombu.transport.redis.Transport.__init__": "makes the poller that ours takes the place of",
         "kombu.transport.redis.Transport.register_with_event_loop": "overridden: its callback on each tick is removed",
@@ -44,6 +32,7 @@ RELIED_UPON: Mapping[str, Mapping[str, str]] = {
         "kombu.transport.redis.MultiChannelPoller._register_BRPOP": "overridden: the waiting connection's socket",
         "kombu.transport.redis.MultiChannelPoller._register_LISTEN": "called for remote control",
         "kombu.transport.redis.MultiChannelPoller._update_brpop_polling": "overridden: does nothing",
+        "kombu.transport.redis.MultiChannelPoller.get": "overridden: claims first where there is no loop",
         "kombu.transport.redis.MultiChannelPoller.on_poll_start": "overridden: claims, then asks to be woken",
         "kombu.transport.redis.MultiChannelPoller.on_readable": "overridden: no prefetch limit holds a socket back",
         "kombu.transport.redis.MultiChannelPoller.maybe_refresh_binding_expiry": "overridden: outlives a broken broker",
@@ -74,6 +63,13 @@ RELIED_UPON: Mapping[str, Mapping[str, str]] = {
         "redis.connection.Connection.can_read": "whether more has come; true where it was closed",
         "redis._parsers.hiredis._HiredisParser.can_read": "the same",
         "redis._parsers.hiredis._HiredisParser.read_response": "returns what the broker pushed, when asked to",
+    },
+    "workers/hooks/backend.py": {
+        "celery.backends.base.Backend.restore_group": "overridden: its result is joined from the parts that came in",
+        "celery.backends.base.Backend.chord_error_from_stack": "overridden: the chord that the body is in is told too",
+        "celery.backends.base.Backend.mark_as_revoked": "overridden: what remote control revokes is cancelled",
+        "celery.backends.redis.RedisBackend._unpack_chord_result": "a part's answer, or ChordError",
+        "celery.backends.redis.RedisBackend.on_chord_part_return": "calls restore_group and joins what it returns",
     },
     "workers/hooks/consumer.py": {
         "celery.worker.consumer.consumer.Consumer.on_unknown_task": "overridden: refuses",
@@ -145,7 +141,7 @@ RELIED_UPON: Mapping[str, Mapping[str, str]] = {
         "redis.commands.core.Script.__call__": "EVALSHA, and EVAL where the broker does not know it",
     },
     "workers/ends/canvas.py": {
-        "celery.backends.redis.RedisBackend._call_task_errbacks": "calls the callbacks for errors",
+        "celery.backends.redis.RedisBackend.mark_as_failure": "tells the chord and errbacks of a failure",
         "celery.backends.redis.RedisBackend._fail_chain": "ends the later steps of a chain, with the end's own state",
         "celery.backends.redis.RedisBackend.on_chord_part_return": "counts the members of a chord",
     },

@@ -19,7 +19,8 @@ from celery import Celery
 
 from shared import keys
 from shared.embedded import EmbeddedBroker
-from tests.conftest import FAKE, FleetUnderTest, eventually, merged
+from tests.support.fleet import FAKE, FleetUnderTest, merged
+from tests.support.waiting import eventually
 
 GRAVE = "grave"
 """A queue from which every message comes to a worker as that of one who has died over it."""

@@ -12,10 +12,11 @@ import redis
 from celery import Celery, chain, chord
 from celery.utils import uuid
 
-from tests.conftest import FleetUnderTest, eventually
-from tests.integration.client.test_submitting import bare_app
 from tests.integration.ends.crew import BAD, QUICK, SLOW, cancel, fleet_on, infer, left_behind, revoke, undertaker
-from tests.integration.observe.test_events import captured
+from tests.support.events import captured
+from tests.support.fleet import FleetUnderTest
+from tests.support.requests import bare_app
+from tests.support.waiting import eventually
 
 TERMINAL = {"task-succeeded", "task-failed", "task-revoked", "task-rejected"}
 RAN = ["task-received", "task-started"]
