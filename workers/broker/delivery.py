@@ -64,7 +64,6 @@ class Settlement:
     """What ends a lease: what is written, and where its message goes. For a request :mod:`workers.ends` makes it."""
 
     lease: str
-    request_id: str = ""
     result_key: str = ""
     record: bytes | str = ""
     reply: str = ""
@@ -73,6 +72,7 @@ class Settlement:
     push_front: bool = False
     dead_reason: str = ""
     due_ms: int | None = None
+    request_id: str = ""
 
     @classmethod
     def give_back(cls, lease: str, message: bytes | str = SAME) -> Settlement:

@@ -24,7 +24,7 @@ def settlement_of(ending: Ending, children: Sequence[Any] = ()) -> Settlement:
 def _result(ending: Ending, children: Sequence[Any]) -> Settlement:
     item = ending.item
     record = wire.success_meta(item.id, ending.encoded, extra=item.record_extra(), children=children)
-    return Settlement(item.lease, _id(item), _result_key(item), record, item.reply)
+    return Settlement(item.lease, _result_key(item), record, item.reply, request_id=_id(item))
 
 
 def _failure(ending: Ending, _: Sequence[Any]) -> Settlement:
@@ -69,7 +69,7 @@ def _hop(ending: Ending, _: Sequence[Any]) -> Settlement:
 
 def _delay(ending: Ending, _: Sequence[Any]) -> Settlement:
     item = ending.item
-    return Settlement(item.lease, _id(item), due_ms=int(ending.at * 1000))
+    return Settlement(item.lease, due_ms=int(ending.at * 1000), request_id=_id(item))
 
 
 def _give_back(ending: Ending, _: Sequence[Any]) -> Settlement:
@@ -105,7 +105,7 @@ def _told(item: InFlight, error: FleetError | None, status: str, dead_reason: st
     if not _id(item):
         return Settlement(item.lease, dead_reason=dead_reason)
     record = wire.failure_meta(item.id, error, status=status, extra=item.record_extra())
-    return Settlement(item.lease, item.id, _result_key(item), record, item.reply, dead_reason=dead_reason)
+    return Settlement(item.lease, _result_key(item), record, item.reply, dead_reason=dead_reason, request_id=item.id)
 
 
 def _id(item: InFlight) -> str:

@@ -109,12 +109,19 @@ class Admission:
             self._wait(item, item.claimed)
 
     def ask(self) -> None:
-        """Other senders may use an id twice: such a message waits for the other one, and ends with its answer."""
+        """Other senders may use an id twice: such a message waits for the other one, and ends with its answer.
+
+        What is to run later is asked for too: it may have been cancelled while it waited.
+        """
         asking = self._table.all(State.ASKING)
         if not asking:
             return
-        verdicts = self._delivery.begin([(item.lease, item.id) for item in asking])
-        for item, verdict in zip(asking, verdicts, strict=True):
+        foreign = [item for item in asking if item.foreign]
+        begun = self._delivery.begin([(item.lease, item.id) for item in foreign])
+        verdicts = dict(zip(foreign, begun, strict=True))
+        gone = self._delivery.cancelled_among([item.id for item in asking if not item.foreign])
+        for item in asking:
+            verdict = verdicts.get(item) or (Verdict.REVOKED if item.id in gone else Verdict.RUN)
             if verdict is Verdict.RUN and item.due > item.claimed:
                 self._outbox.add(Ending.delayed(item, item.due))
             elif verdict is Verdict.RUN:

@@ -10,7 +10,7 @@ import redis
 from shared import keys, wire
 from shared.errors import Cancelled, EngineError
 from shared.settings import FleetSettings
-from workers.broker.delivery import Delivery, Settlement, Written
+from workers.broker.delivery import RedisDelivery, Settlement, Written
 
 RECORD = b'{"status": "SUCCESS", "result": 1}'
 TENANTS = ["acme", "a/b", "\u00fcml\u00e4ut \u4f60\u597d", 'a"b\\c', "%d%s", "x" * 500]
@@ -18,9 +18,9 @@ LEASES = ["1", *(f"1/{tenant}" for tenant in TENANTS), "eta:1", "", " "]
 
 
 @pytest.fixture
-def delivery(broker, redis_client) -> Delivery:
+def delivery(broker, redis_client) -> RedisDelivery:
     """The scripts over an empty broker."""
-    return Delivery(redis_client, FleetSettings(redis_url=broker.url))
+    return RedisDelivery(redis_client, FleetSettings(redis_url=broker.url))
 
 
 def leased(client: redis.Redis, *leases: str, message: bytes = b"a message", name: str = "fake") -> None:
@@ -33,16 +33,16 @@ def leased(client: redis.Redis, *leases: str, message: bytes = b"a message", nam
 
 
 @pytest.mark.parametrize("lease", LEASES)
-def test_a_lease_ends_once_whatever_its_name(lease: str, delivery: Delivery, redis_client: redis.Redis) -> None:
+def test_a_lease_ends_once_whatever_its_name(lease: str, delivery: RedisDelivery, redis_client: redis.Redis) -> None:
     """Its message and its tenant's count go with it; what comes second finds it gone and writes nothing."""
     leased(redis_client, lease)
-    settlement = Settlement(lease, "one", keys.result_key("one"), RECORD)
+    settlement = Settlement(lease, keys.result_key("one"), RECORD)
 
     assert delivery.settle([settlement, settlement]) == [Written.DONE, Written.LOST]
     assert redis_client.keys() == [keys.result_key("one").encode()]
 
 
-def test_what_a_request_leaves_ends_with_it(delivery: Delivery, redis_client: redis.Redis) -> None:
+def test_what_a_request_leaves_ends_with_it(delivery: RedisDelivery, redis_client: redis.Redis) -> None:
     """It is under way no longer, with a record or without; a hop and a give-back leave it so."""
     for number in "1234":
         leased(redis_client, number)
@@ -50,33 +50,33 @@ def test_what_a_request_leaves_ends_with_it(delivery: Delivery, redis_client: re
         redis_client.set(f"muai:running:{number}", number)
 
     delivery.settle([
-        Settlement("1", "1", keys.result_key("1"), RECORD), Settlement("2", "2"),
-        Settlement("3", "3", push_list="onnx", push_message=b"x"), Settlement.give_back("4"),
+        Settlement("1", keys.result_key("1"), RECORD, request_id="1"), Settlement("2", request_id="2"),
+        Settlement("3", push_list="onnx", push_message=b"x", request_id="3"), Settlement.give_back("4"),
     ])  # fmt: skip
 
     assert redis_client.zrange(keys.UNDER_WAY, 0, -1) == [b"3", b"4"]
     assert sorted(redis_client.keys("muai:running:*")) == [b"muai:running:3", b"muai:running:4"]
 
 
-def test_no_lease_and_many(delivery: Delivery, redis_client: redis.Redis) -> None:
+def test_no_lease_and_many(delivery: RedisDelivery, redis_client: redis.Redis) -> None:
     """Nothing to settle is nothing; 256 at once end, each with its own record."""
     assert delivery.settle([]) == []
     names = [str(number) for number in range(256)]
     leased(redis_client, *names)
 
-    found = delivery.settle([Settlement(n, n, keys.result_key(n), json.dumps({"id": n})) for n in names])
+    found = delivery.settle([Settlement(n, keys.result_key(n), json.dumps({"id": n})) for n in names])
 
     assert found == [Written.DONE] * 256
     assert json.loads(redis_client.get(keys.result_key("200"))) == {"id": "200"}
 
 
-def test_large_records_and_messages(delivery: Delivery, redis_client: redis.Redis) -> None:
+def test_large_records_and_messages(delivery: RedisDelivery, redis_client: redis.Redis) -> None:
     """Ten megabytes of an answer reach the result and the reply; as much of a message reaches the next queue."""
     large = b'{"status": "SUCCESS", "result": "' + b"x" * 10_000_000 + b'"}'
     leased(redis_client, "1", "2", message=large)
 
     found = delivery.settle([
-        Settlement("1", "one", keys.result_key("one"), large, "muai:reply:me"), Settlement.give_back("2")
+        Settlement("1", keys.result_key("one"), large, "muai:reply:me"), Settlement.give_back("2")
     ])  # fmt: skip
 
     assert found == [Written.DONE, Written.DONE]
@@ -85,18 +85,20 @@ def test_large_records_and_messages(delivery: Delivery, redis_client: redis.Redi
     assert redis_client.lrange("fake", 0, -1) == [large]
 
 
-def test_an_answer_that_is_only_for_its_reply_stream(delivery: Delivery, redis_client: redis.Redis) -> None:
+def test_an_answer_that_is_only_for_its_reply_stream(delivery: RedisDelivery, redis_client: redis.Redis) -> None:
     """With ``ignore_result`` nothing is stored; who waits on the stream has it, where there is one."""
     leased(redis_client, "1", "2")
 
-    delivery.settle([Settlement("1", "one", "", RECORD, "muai:reply:me"), Settlement("2", "two", "", RECORD)])
+    delivery.settle([Settlement("1", "", RECORD, "muai:reply:me"), Settlement("2", "", RECORD)])
 
     assert [fields for _, fields in redis_client.xrange("muai:reply:me")] == [{b"m": RECORD}]
     assert redis_client.keys() == [b"muai:reply:me"]
 
 
 @pytest.mark.parametrize("stored", [b"5", b"null", b"true", b'"text"', b"{", b"", b"\xff", b'{"status": 7}', None])
-def test_what_is_no_record_does_not_stand(stored: bytes | None, delivery: Delivery, redis_client: redis.Redis) -> None:
+def test_what_is_no_record_does_not_stand(
+    stored: bytes | None, delivery: RedisDelivery, redis_client: redis.Redis
+) -> None:
     """Whatever lies under the result's key, the answer is written, and so is that of the request beside it."""
     odd, other = keys.result_key("odd"), keys.result_key("other")
     if stored is None:
@@ -105,7 +107,7 @@ def test_what_is_no_record_does_not_stand(stored: bytes | None, delivery: Delive
         redis_client.set(odd, stored)
     leased(redis_client, "1", "2")
 
-    found = delivery.settle([Settlement("1", "odd", odd, RECORD), Settlement("2", "other", other, RECORD)])
+    found = delivery.settle([Settlement("1", odd, RECORD), Settlement("2", other, RECORD)])
 
     assert found == [Written.DONE, Written.DONE]
     assert redis_client.mget(odd, other) == [RECORD, RECORD]
@@ -117,7 +119,7 @@ def test_a_reply_key_that_is_no_stream_keeps_nobody_else_waiting(delivery, redis
     leased(redis_client, "1", "2")
 
     delivery.settle([
-        Settlement("1", "one", keys.result_key("one"), RECORD, "muai:reply:odd"), Settlement("2", "two"),
+        Settlement("1", keys.result_key("one"), RECORD, "muai:reply:odd"), Settlement("2"),
     ])  # fmt: skip
 
     assert redis_client.get(keys.result_key("one")) == RECORD
@@ -131,7 +133,7 @@ def test_a_cancelled_request_that_hops_is_ended_where_it_arrives(delivery, redis
     leased(redis_client, "1")
     retry = wire.failure_meta("one", EngineError(), status="RETRY")
 
-    found = delivery.settle([Settlement("1", "one", keys.result_key("one"), retry, "", "onnx", b"on", True)])
+    found = delivery.settle([Settlement("1", keys.result_key("one"), retry, "", "onnx", b"on", True)])
 
     assert found == [Written.DONE]
     assert redis_client.get(keys.result_key("one")) == revoked
@@ -141,7 +143,7 @@ def test_a_cancelled_request_that_hops_is_ended_where_it_arrives(delivery, redis
 def test_a_delayed_request_comes_back_when_it_is_cancelled(delivery, make_fleet, redis_client: redis.Redis) -> None:
     """Nobody waits out its time: at the next sweep its message is in its queue, once."""
     leased(redis_client, "1", message=b"later")
-    delivery.settle([Settlement("1", "one", due_ms=int(4e12))])
+    delivery.settle([Settlement("1", due_ms=int(4e12), request_id="one")])
     assert delivery.sweep()[1] == []
     assert redis_client.lrange("fake", 0, -1) == []
 
