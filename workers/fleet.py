@@ -52,7 +52,7 @@ class Fleet:
         self.worker_id = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self.client: redis.Redis = connect(settings.fleet)
         self.limits = LimitsInForce(Limits.of(settings))
-        self.delivery = RedisDelivery(self.client, settings.fleet, self.limits)
+        self.delivery = RedisDelivery(self.client, settings.fleet, self.limits, affinity=self.worker_id)
         self.leases = LeaseKeeper(settings.fleet)
         self.registry = WorkerRegistry(self.client, settings.fleet.silent_after_seconds)
         self.devices = Devices(settings, self.client, self.worker_id)

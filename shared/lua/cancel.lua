@@ -1,9 +1,7 @@
 -- Cancel a request: write its terminal record, unless it has one.
 --
 -- KEYS[1]  result key
--- KEYS[2]  muai:cancelled    zset result key -> time of cancellation, ms
--- KEYS[3]  muai:delayed      hash request id -> the lease under which it waits for its time
--- KEYS[4]  muai:lease:index  zset lease id -> expiry, ms
+-- KEYS[2]  muai:cancelled  zset result key -> time of cancellation, ms
 -- ARGV[1]  result record
 -- ARGV[2]  seconds that results are kept
 -- Returns  1, or 0 where the request had ended before
@@ -22,7 +20,4 @@ redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
 redis.call('PUBLISH', KEYS[1], ARGV[1])
 redis.call('ZADD', KEYS[2], now, KEYS[1])
 redis.call('EXPIRE', KEYS[2], ARGV[2])
--- What waits for its time is looked at now: others may wait on what was to follow it.
-local lease = redis.call('HGET', KEYS[3], string.sub(KEYS[1], #'celery-task-meta-' + 1))
-if lease then redis.call('ZADD', KEYS[4], 'XX', now, lease) end
 return 1

@@ -54,6 +54,9 @@ local function length(queue, tenant)
   local total = 0
   for _, step in ipairs(steps) do
     total = total + redis.call('LLEN', lane_of(queue .. step, tenant))
+    for _, affinity in ipairs(redis.call('HKEYS', affine_lanes(queue .. step, tenant))) do
+      total = total + redis.call('LLEN', lane_of(queue .. step, tenant, affinity))
+    end
   end
   return total
 end

@@ -33,6 +33,7 @@ from tests.benchmarks.harness import (
     cpu_seconds,
     median,
     module_process,
+    parsed,
     scratch_broker,
     wait_for,
     write_yaml,
@@ -128,7 +129,10 @@ def main() -> None:
     parser.add_argument("--waiting", type=int, default=1_000_000, help="requests that wait in the deep queue")
     parser.add_argument("--depth-rounds", type=int, default=3, help="times that the two depths are compared")
     parser.add_argument("--depth-count", type=int, default=20000, help="requests consumed at each depth")
-    options = parser.parse_args()
+    options = parsed(
+        parser, rounds=1, count=300, plain_count=40, dramatiq_count=100, idle=20, idle_seconds=0.5, waiting=3000,
+        depth_rounds=1, depth_count=1000,
+    )  # fmt: skip
     require_memory(options.waiting)
     with scratch_broker() as (folder, url):
         config = write_yaml(folder / "fleet.yaml", CONFIG)

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tests.conftest import eventually
 from tests.faults.crew import Member
 from tests.faults.proxy import Mode, Proxy
 from tests.faults.stage import Figure, Stage
+from tests.support.waiting import eventually
 
 SETTLED_REQUESTS = 200
 """A worker has grown to its usual size when it has run so many."""

@@ -28,6 +28,9 @@ SAME = "="
 
 SWEEP_LIMIT = 100
 
+COURTESY_SECONDS = 0.5
+"""How long a message that one worker should have waits for it before any other may claim it."""
+
 LEFT_OUT_SECONDS = 0.02
 """After how long a tenant that had its share of what is in flight is looked at again."""
 
@@ -189,9 +192,15 @@ def quotas_of(tenants: Mapping[str, TenantSettings], places: int) -> Quotas:
 
 
 class RedisDelivery:
-    """The scripts over one broker connection pool. From any thread; the loop uses what ends in ``soon``."""
+    """The scripts over one broker connection pool. From any thread; the loop uses what ends in ``soon``.
 
-    def __init__(self, client: redis.Redis, fleet: FleetSettings, limits: LimitsInForce | None = None) -> None:
+    Messages that the worker with this ``affinity`` should have are claimed before others.
+    """
+
+    def __init__(
+        self, client: redis.Redis, fleet: FleetSettings, limits: LimitsInForce | None = None, affinity: str = ""
+    ) -> None:
+        self.affinity = affinity
         self._fleet = fleet
         self._limits = limits or LimitsInForce(Limits.of(Settings(fleet=fleet)))
         self.lease_seconds = fleet.lease_seconds
@@ -244,7 +253,8 @@ class RedisDelivery:
             leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER, keys.CANCELLED]
             names = [*leases, keys.queue_state(queue), keys.IN_FLIGHT, *keys.lists_of(queue), *keys.lanes_of(queue)]
             self._claim_keys[queue] = names
-        return names, [limit, self._lease_ms, self._limits.now.starvation_limit, self.quotas]
+        patience = self._limits.now.starvation_limit
+        return names, [limit, self._lease_ms, patience, self.quotas, self.affinity, int(COURTESY_SECONDS * 1000)]
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Written]:
         """End leases, and write what follows; says what came of each."""
@@ -290,7 +300,7 @@ class RedisDelivery:
 
         Returns the seconds until the next one is due (``None``: there is none) and what was taken over.
         """
-        leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER, keys.DELAYED]
+        leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER, keys.DELAYED, keys.CANCELLED]
         rows = self._sweep(keys=leases, args=[SWEEP_LIMIT, self._lease_ms, keys.DELAYED_PREFIX])
         taken = []
         for lease, stored in zip(rows[1::2], rows[2::2], strict=True):

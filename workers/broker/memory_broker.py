@@ -45,7 +45,7 @@ class MemoryBroker:
         self._clock = clock
         self._last = 0
         self._running: dict[str, str] = {}
-        self.queues = MemoryQueues()
+        self.queues = MemoryQueues(clock)
         self.leases: dict[str, Lease] = {}
         self.records: dict[str, bytes] = {}
         self.published: list[tuple[str, bytes]] = []
@@ -80,9 +80,9 @@ class MemoryBroker:
 
     # -- what a worker does -----------------------------------------------------------------------------------------
 
-    def claim(self, queue: str, limit: int, lease_ms: int, patience: int, quotas: Quotas) -> Claim:
+    def claim(self, queue: str, limit: int, lease_ms: int, patience: int, quotas: Quotas, affinity: str = "") -> Claim:
         """Move messages from their lists to leases, as ``claim.lua`` does."""
-        taken = self.queues.take(queue, limit, patience, quotas)
+        taken = self.queues.take(queue, limit, patience, quotas, affinity)
         messages = []
         for list_name, tenant, message in taken.messages:
             lease = self._next_lease(tenant)
@@ -145,6 +145,8 @@ class MemoryBroker:
                 self.under_way.pop(it.result_key.removeprefix(keys.result_key("")), None)
         if it.reply and record:
             self.replies[it.reply].append(record)
+        if written is Written.CANCELLED and it.push_list:
+            written = Written.DONE
         if written is not Written.DONE:
             return written
         if it.push_list:

@@ -71,8 +71,7 @@ class ChordBackend(RedisBackend):
             super().mark_as_revoked(task_id, reason, request, store_result, state)
             return
         record = wire.failure_meta(task_id, TaskRevokedError(reason), status=state)
-        self._cancel(keys=[keys.result_key(task_id), keys.CANCELLED, keys.DELAYED, keys.LEASE_INDEX],
-                     args=[record, int(self.expires)])  # fmt: skip
+        self._cancel(keys=[keys.result_key(task_id), keys.CANCELLED], args=[record, int(self.expires)])
 
 
 class _JoinedParts:

@@ -24,7 +24,8 @@ from workers.routing.fallback import Fallback, ending_of
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = 256
+AT_ONCE = 32
+"""Messages that are claimed together: nobody keeps their leases, so they are to end soon."""
 MOST = 4096
 """Messages that one look moves."""
 

@@ -14,8 +14,9 @@ from kombu import Connection, Consumer, Queue
 
 from shared import keys
 from tests.benchmarks.broker_commands import commands_per_message
-from tests.conftest import FleetUnderTest, eventually
-from tests.integration.client.test_submitting import ECHO
+from tests.support.fleet import FleetUnderTest
+from tests.support.requests import ECHO
+from tests.support.waiting import eventually
 from workers.celery import create_app
 
 

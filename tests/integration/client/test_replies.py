@@ -17,7 +17,7 @@ from shared import wire
 from shared.embedded import EmbeddedBroker
 from shared.errors import EngineError, FleetError
 from shared.settings import FleetSettings
-from tests.conftest import eventually
+from tests.support.waiting import eventually
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -18,14 +19,15 @@ from celery import Celery
 
 from shared import keys
 from shared.embedded import EmbeddedBroker
-from tests.conftest import FAKE, FleetUnderTest, eventually, merged
+from tests.support.fleet import FAKE, FleetUnderTest, merged
+from tests.support.waiting import eventually
 
 GRAVE = "grave"
 """A queue from which every message comes to a worker as that of one who has died over it."""
 
 QUICK: dict[str, Any] = {
     "fleet": {
-        "lease_seconds": 2.0, "sweep_seconds": 0.2, "heartbeat_seconds": 0.3, "rescue_after_seconds": 0.3,
+        "lease_seconds": 10.0, "sweep_seconds": 0.2, "heartbeat_seconds": 0.3, "rescue_after_seconds": 0.3,
         "max_deliveries": 1, "max_payload_bytes": 20_000, "max_result_bytes": 5_000,
     },
     "optimization": {"engine_preference": ["fake", "onnx"], "breaker": {"failures": 100_000}},
@@ -55,6 +57,7 @@ def fleet_on(
         fleet.start_worker("fake,control", environ=environ)
         yield fleet
     finally:
+        gc.collect()  # results that nobody has waited on tell the broker so, while it is there
         fleet.stop()
 
 

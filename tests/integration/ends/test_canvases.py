@@ -18,9 +18,10 @@ from celery import Celery, chain, chord, group
 from celery.utils import uuid
 
 from shared import keys
-from tests.conftest import FleetUnderTest, eventually
-from tests.integration.client.test_submitting import bare_app
 from tests.integration.ends.crew import BAD, QUICK, calls_on, fleet_on, infer, left_behind, undertaker
+from tests.support.fleet import FleetUnderTest
+from tests.support.requests import bare_app
+from tests.support.waiting import eventually
 
 QUIET_SECONDS = 20
 """How long nobody may be told anything while some still wait."""

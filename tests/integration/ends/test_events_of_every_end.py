@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import redis
-from celery import chain, chord
+from celery import Celery, chain, chord
 from celery.utils import uuid
 
-from tests.conftest import FleetUnderTest, eventually
-from tests.integration.client.test_submitting import bare_app
 from tests.integration.ends.crew import BAD, QUICK, SLOW, cancel, fleet_on, infer, left_behind, revoke, undertaker
-from tests.integration.observe.test_events import captured
+from tests.support.events import captured
+from tests.support.fleet import FleetUnderTest
+from tests.support.requests import bare_app
+from tests.support.waiting import eventually
 
 TERMINAL = {"task-succeeded", "task-failed", "task-revoked", "task-rejected"}
 RAN = ["task-received", "task-started"]
@@ -40,28 +41,33 @@ STEPS = {
 """What is told of each; of those that are not named, that they failed, and nothing else."""
 
 
+def send(fleet: FleetUnderTest, app: Celery) -> dict[str, str]:
+    """Each end, alone and as a chord's member. Returns what each is called, by its id."""
+    names = {}
+    for name, bad in BAD.items():
+        for place in ("alone", "in a chord"):
+            request_id = uuid()
+            names[request_id] = f"{name}, {place}"
+            if bad.first is not None:
+                bad.first(fleet, app, request_id)
+            call = infer(app, **{"task_id": request_id, **bad.options})
+            (call if place == "alone" else chord([infer(app), call], infer(app))).apply_async()
+            if bad.then is not None:
+                bad.then(fleet, app, request_id)
+    names[chain(infer(app), infer(app, None)).apply_async().id] = "answered"
+    return names
+
+
 @pytest.fixture(scope="module")
 def events(broker, tmp_path_factory) -> Iterator[dict[str, list[str]]]:
-    """Each end, alone and as a chord's member; the events of each, in order, under its name."""
+    """The events of each, in order, under its name."""
     found: dict[str, list[str]] = defaultdict(list)
     with ExitStack() as stack:
         fleet = stack.enter_context(fleet_on(broker, 2, tmp_path_factory.mktemp("events"), QUICK))
         stack.enter_context(undertaker(fleet.url))
         app = stack.enter_context(bare_app(fleet.url))
         told = stack.enter_context(captured(app))
-        names = {}
-        for name, bad in BAD.items():
-            for place in ("alone", "in a chord"):
-                names[request_id := uuid()] = f"{name}, {place}"
-                if bad.first is not None:
-                    bad.first(fleet, app, request_id)
-                call = infer(app, **{"task_id": request_id, **bad.options})
-                (call if place == "alone" else chord([infer(app), call], infer(app))).apply_async()
-                if bad.then is not None:
-                    bad.then(fleet, app, request_id)
-        steps = chain(infer(app), infer(app, None))
-        names[steps.freeze().id] = "answered"
-        steps.apply_async()
+        names = send(fleet, app)
 
         def unended() -> list[str]:
             return [names[one] for one in names.keys() - {e["uuid"] for e in told if e["type"] in TERMINAL}]

@@ -3,7 +3,8 @@
 --
 -- The most urgent step goes first, with a bound: where a step was passed over for ARGV[3] more urgent messages, one of its own
 -- is next. Inside a step the tenants' lanes and the shared list take turns, each by its weight; a tenant that has its share
--- of what is in flight is left out until one of its requests has ended.
+-- of what is in flight is left out until one of its requests has ended. Of a tenant's lanes the one that is meant for who
+-- claims goes first, then its common one, then those that were not served by whom they are meant for in the time given.
 --
 -- KEYS[1]   muai:lease:index     zset lease id -> expiry, ms
 -- KEYS[2]   muai:lease:messages  hash lease id -> list name, newline, message
@@ -17,6 +18,8 @@
 -- ARGV[2]   lease length, ms
 -- ARGV[3]   more urgent messages that may pass a waiting one
 -- ARGV[4]   quotas, JSON: tenant -> [weight, most in flight (0: any number)]; '*' is everybody who is not named; '' is none
+-- ARGV[5]   the affinity of who claims; '' is none
+-- ARGV[6]   ms that a lane waits for the worker it is meant for
 -- Returns   { now in ms (0 where there was nothing), 1 where more waits that may be claimed, tenants that were left out,
 --             cancelled requests, lease id, message, lease id, message, ... }
 --
@@ -33,6 +36,7 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local expiry = now + ARGV[2]
 local limit, patience = tonumber(ARGV[1]), tonumber(ARGV[3])
 local quotas = ARGV[4] ~= '' and cjson.decode(ARGV[4]) or {}
+local mine, courtesy = ARGV[5], tonumber(ARGV[6])
 local out = { now, 0, 0, cancelled }
 local taken, bytes, laned = 0, 0, 0
 
@@ -52,10 +56,8 @@ local function lease(list, tenant, messages)
   redis.call('HSET', KEYS[2], unpack(stored))
   redis.call('ZADD', KEYS[1], unpack(scores))
   taken = taken + #messages
-  if tenant ~= '' then
-    laned = laned + #messages
-    redis.call('HINCRBY', KEYS[6], tenant, #messages)
-  end
+  if string.sub(list, 1, 10) == 'muai:lane:' then laned = laned + #messages end
+  if tenant ~= '' then redis.call('HINCRBY', KEYS[6], tenant, #messages) end
   return #messages
 end
 
@@ -70,10 +72,43 @@ local function free(tenant)
   return math.max(0, most - (tonumber(redis.call('HGET', KEYS[6], tenant)) or 0))
 end
 
+-- Which of a tenant's lanes is next, by its affinity (nil: the common one); false where all are meant for others.
+local function next_lane(shared, tenant)
+  local lanes = affine_lanes(shared, tenant)
+  if redis.call('EXISTS', lanes) == 0 then return nil end
+  if mine ~= '' and redis.call('HEXISTS', lanes, mine) == 1 then return mine end
+  if redis.call('LLEN', lane_of(shared, tenant)) > 0 then return nil end
+  local oldest, found = now - courtesy, false
+  local known = redis.call('HGETALL', lanes)
+  for i = 1, #known, 2 do
+    local since = tonumber(known[i + 1])
+    if since <= oldest then oldest, found = since, known[i] end
+  end
+  return found
+end
+
+-- Take one message of a lane.
+local function serve(zset, shared, tenant, affinity)
+  local list, lanes = lane_of(shared, tenant, affinity), affine_lanes(shared, tenant)
+  local message = redis.call('RPOP', list)
+  if message then lease(list, tenant, { message }) end
+  redis.call('ZINCRBY', zset, 1 / quota(tenant)[1], tenant)
+  local empty = redis.call('LLEN', list) == 0
+  if affinity and empty then
+    redis.call('HDEL', lanes, affinity)
+    empty = redis.call('LLEN', lane_of(shared, tenant)) == 0
+  elseif affinity then
+    redis.call('HSET', lanes, affinity, now)
+  end
+  if empty and redis.call('EXISTS', lanes) == 0 then redis.call('ZREM', zset, tenant) end
+end
+
 -- Take up to n messages of one step, in turns.
 local function take(step, n)
   local shared, zset = step.list, 'muai:lanes:' .. step.list
-  if step.lanes == 1 and redis.call('ZREM', zset, '') == 1 then step.lanes = 0 end
+  if step.lanes == 1 and redis.call('EXISTS', affine_lanes(shared, '')) == 0 and redis.call('ZREM', zset, '') == 1 then
+    step.lanes = 0
+  end
   if step.lanes == 0 then return lease(shared, '', redis.call('RPOP', shared, n) or {}) end
   redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
   local turn = tonumber(redis.call('HGET', KEYS[5], 'turn:' .. shared)) or 0
@@ -82,14 +117,11 @@ local function take(step, n)
   while taken - before < n do
     local tenant, score = unpack(redis.call('ZRANGE', zset, skipped, skipped, 'WITHSCORES'))
     if not tenant then break end
-    if tenant ~= '' and free(tenant) == 0 then
+    local affinity = next_lane(shared, tenant)
+    if affinity == false or tenant ~= '' and free(tenant) == 0 then
       skipped = skipped + 1 -- it stays in front: it has had the least
     else
-      local list = lane_of(shared, tenant)
-      local message = redis.call('RPOP', list)
-      if message then lease(list, tenant, { message }) end
-      redis.call('ZINCRBY', zset, 1 / quota(tenant)[1], tenant)
-      if redis.call('LLEN', list) == 0 then redis.call('ZREM', zset, tenant) end
+      serve(zset, shared, tenant, affinity)
       turn = math.max(turn, tonumber(score))
     end
   end

@@ -3,7 +3,8 @@
 --
 -- A lease that is no longer held (it expired and somebody else took the message over) is passed over: nothing of its
 -- settlement is written. And the first terminal record of a request wins: one that was cancelled, or answered under the same
--- id before, keeps its record, and whoever waits on the reply stream is given that. So a request is answered once.
+-- id before, keeps its record, and whoever waits on the reply stream is given that. So a request is answered once. One that was
+-- cancelled and is to go on goes on: the worker that has it next ends it, and tells everybody who waits for its end.
 --
 -- KEYS[1]  muai:lease:index     zset lease id -> expiry, ms
 -- KEYS[2]  muai:lease:messages  hash lease id -> list name, newline, message

@@ -8,6 +8,7 @@
 -- KEYS[2]  muai:lease:messages  hash lease id -> list name, newline, message
 -- KEYS[3]  muai:lease:next      counter
 -- KEYS[4]  muai:delayed         hash request id -> the lease under which it waits for its time
+-- KEYS[5]  muai:cancelled       zset result key -> time of cancellation, ms
 -- ARGV[1]  most leases to take over
 -- ARGV[2]  lease length, ms
 -- ARGV[3]  prefix of delayed leases
@@ -16,6 +17,13 @@ redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local out = { -1 }
+-- What was cancelled meanwhile does not wait out its time: others may wait on what was to follow it.
+if redis.call('EXISTS', KEYS[4]) == 1 then
+  for _, key in ipairs(redis.call('ZREVRANGEBYSCORE', KEYS[5], '+inf', now - 600000, 'LIMIT', 0, 1000)) do
+    local lease = redis.call('HGET', KEYS[4], string.sub(key, #'celery-task-meta-' + 1))
+    if lease then redis.call('ZADD', KEYS[1], 'XX', now, lease) end
+  end
+end
 for _, lease in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, ARGV[1])) do
   local stored = redis.call('HGET', KEYS[2], lease)
   redis.call('ZREM', KEYS[1], lease)
