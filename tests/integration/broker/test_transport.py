@@ -98,7 +98,7 @@ def test_asking_again_while_news_waits_to_be_read(make_fleet) -> None:
         eventually(lambda: connection.drain_events(timeout=5) or len(taken) == 2)
         for message in taken:
             message.ack()
-    app.fleet.stop()
+    app.fleet.stopping.run()
 
 
 def test_an_acknowledgement_that_fails_lets_the_lease_lapse(tmp_path: Path, make_fleet) -> None:
@@ -121,7 +121,7 @@ def test_an_acknowledgement_that_fails_lets_the_lease_lapse(tmp_path: Path, make
 
             assert [lease for lease, _ in held] == [taken[0].delivery_tag]
             assert app.fleet.leases.table.read() == []
-        app.fleet.stop()
+        app.fleet.stopping.run()
 
 
 def test_what_a_consumer_leaves_open_goes_back(fleet: FleetUnderTest, redis_client: redis.Redis) -> None:

@@ -44,7 +44,7 @@ def idle_consumers(fleet: FleetUnderTest, count: int) -> Iterator[list[str]]:
                     continue
 
     with ExitStack() as stack:
-        stack.callback(app.fleet.stop)
+        stack.callback(app.fleet.stopping.run)
         for number in range(count):
             thread = threading.Thread(target=consume, args=[number])
             thread.start()
