@@ -19,7 +19,7 @@ from workers.ends.settler import frames
 from workers.models.manager import ModelManager
 from workers.observe.observers import Observers
 from workers.path.expiry import Expiry
-from workers.path.waiting import WaitingRoom
+from workers.path.waiting_room import WaitingRoom
 from workers.requests.ending import Ending
 from workers.requests.inflight import InFlight, State
 from workers.requests.table import RequestTable

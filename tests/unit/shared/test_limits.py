@@ -10,7 +10,7 @@ from shared.limits import Limits, LimitsInForce
 from shared.settings import Settings
 from workers.engines.fake import FakeEngine
 from workers.models.manager import ModelManager
-from workers.path.waiting import WaitingRoom
+from workers.path.waiting_room import WaitingRoom
 from workers.requests.ending import End
 from workers.requests.inflight import InFlight
 
