@@ -16,7 +16,8 @@ from tests.support.waiting import eventually
 
 QUEUE = [
     "end_to_end_vs_celery", "end_to_end_vs_dramatiq", "worker_us_per_request", "producer_us_per_request",
-    "idle_p50_ms", "idle_p99_ms", "floor_p50_ms", "floor_p99_ms", "cost_at_1m_vs_1k", "idle_worker_cpu_percent",
+    "idle_p50_ms", "idle_p99_ms", "floor_p50_ms", "floor_p99_ms", "idle_p50_vs_floor", "idle_p99_vs_floor",
+    "commands_per_message_8_idle_vs_1", "cost_at_1m_vs_1k", "idle_worker_cpu_percent",
 ]  # fmt: skip
 VLLM = ["fleet_vs_engine_vllm", "fleet_vs_vllm_serve", "vllm_vs_pytorch_unbatched"]
 OTHERS = ["fleet_vs_engine_pytorch", "fleet_vs_engine_onnx", "fleet_vs_engine_deepspeed"]

@@ -244,7 +244,7 @@ def test_what_quantising_costs_is_kept_and_said(models, tmp_path, caplog) -> Non
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_listener_hears_of_rewriting_and_scoring(load, path, engine: str) -> None:
+def test_a_listener_hears_of_rewriting_and_scoring(load, engine: str) -> None:
     """The tokens of each text under its own index; a long classification makes progress without tokens."""
-    check_texts(load(engine, "t5", path("t5"), kinds=["summarize", "translate"]))
-    check_progress(load(engine, "three", path("three"), kinds=["classify"]), Kind.CLASSIFY)
+    check_texts(load(engine, "t5", kinds=["summarize", "translate"]))
+    check_progress(load(engine, "three", kinds=["classify"]), Kind.CLASSIFY)
