@@ -71,7 +71,7 @@ def test_two_hundred_prompts_equal_transformers_on_both_engines(make_fleet, mode
             )  # fmt: skip
 
             assert [result.outputs["token_ids"] for result in results] == expected
-            assert {result.engine_used for result in results} == {engine}
+            assert {result.engine_used for result in results} == {engine}, results[0].metadata
             largest = max(result.batch_size for result in results)
             assert largest > 8 if batching else largest == 1
 
