@@ -11,11 +11,19 @@ from typing import Annotated, Any
 
 import orjson
 import redis
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from shared import keys
 from shared.broker import lua
 from shared.contract import EngineName, Feature, Kind
+from shared.limits import Limits
 
 
 class Announced(BaseModel):
@@ -33,6 +41,14 @@ def _known(names: type[StrEnum]) -> BeforeValidator:
 def _of_known_engines(engines: Any) -> Any:
     known = frozenset(map(str, EngineName))
     return tuple(info for info in engines if not isinstance(info, dict) or info.get("name") in known)
+
+
+def _where_readable(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    """``None`` for what only a newer release can read: the worker counts all the same."""
+    try:
+        return read(value)
+    except ValidationError:
+        return None
 
 
 class ServedModel(Announced):
@@ -60,7 +76,8 @@ class EngineInfo(Announced):
 class WorkerInfo(Announced):
     """What a worker announces. ``age_ms`` is the time since it last did.
 
-    ``gpus`` are the uuids of the GPUs it has leased, ``gpu_problems`` says of those that failed why.
+    ``limits`` are those that it keeps to now. ``gpus`` are the uuids of the GPUs it has leased, ``gpu_problems`` says
+    of those that failed why.
     """
 
     id: str
@@ -70,6 +87,7 @@ class WorkerInfo(Announced):
     queues: tuple[str, ...]
     engines: Annotated[tuple[EngineInfo, ...], BeforeValidator(_of_known_engines)] = ()
     in_flight: int = 0
+    limits: Annotated[Limits | None, WrapValidator(_where_readable)] = None
     gpus: tuple[str, ...] = ()
     gpu_problems: dict[str, str] = {}
     age_ms: int = 0
