@@ -12,7 +12,8 @@ def test_what_a_newer_worker_announces_is_read_as_far_as_it_is_known() -> None:
     model = {"kinds": ["generate", "paint"], "loaded": True, "colour": "red"}
     engine = {"features": ["logprobs", "telepathy"], "models": {"m": model}, "max_batch_size": 8, "speed": 3}
     announced = {
-        "id": "w", "host": "h", "pid": 1, "started": 0.0, "queues": ["onnx"], "in_force": {"a": 1}, "limits": {"new": 1},
+        "id": "w", "host": "h", "pid": 1, "started": 0.0, "queues": ["onnx"],
+        "in_force": {"a": 1}, "limits": {"new": 1},
         "engines": [{"name": "onnx", **engine}, {"name": "abacus", **engine}],
     }  # fmt: skip
 
