@@ -23,6 +23,7 @@ from pydantic import (
 from shared import keys
 from shared.broker import lua
 from shared.contract import EngineName, Feature, Kind
+from shared.limits import Limits
 
 
 class Announced(BaseModel):
@@ -79,8 +80,7 @@ class EngineInfo(Announced):
 class WorkerInfo(Announced):
     """What a worker announces. ``age_ms`` is the time since it last did.
 
-    ``limits`` are those that it keeps to now, as
-    :class:`shared.limits.Limits` names them. ``gpus`` are the uuids of the GPUs it has leased, ``gpu_problems`` says
+    ``limits`` are those that it keeps to now. ``gpus`` are the uuids of the GPUs it has leased, ``gpu_problems`` says
     of those that failed why.
     """
 

@@ -179,7 +179,7 @@ class Fleet:
             queues=self._queues,
             engines=engines,
             in_flight=sum(intake.in_flight for intake in self.intakes.values()),
-            limits=limits.model_dump(mode="json"),
+            limits=limits,
             gpus=self.devices.gpus,
             gpu_problems=self.devices.problems,
         )
