@@ -10,6 +10,7 @@ import redis
 from shared import keys
 from shared.broker import lua
 from shared.contract import EngineName, Feature, Kind, Value
+from shared.limits import Limits
 
 
 class ServedModel(Value):
@@ -37,7 +38,8 @@ class EngineInfo(Value):
 class WorkerInfo(Value):
     """What a worker announces. ``age_ms`` is the time since it last did.
 
-    ``gpus`` are the uuids of the GPUs it has leased, ``gpu_problems`` says of those that failed why.
+    ``limits`` are those that it keeps to now. ``gpus`` are the uuids of the GPUs it has leased, ``gpu_problems`` says
+    of those that failed why.
     """
 
     id: str
@@ -47,6 +49,7 @@ class WorkerInfo(Value):
     queues: tuple[str, ...]
     engines: tuple[EngineInfo, ...] = ()
     in_flight: int = 0
+    limits: Limits | None = None
     gpus: tuple[str, ...] = ()
     gpu_problems: dict[str, str] = {}
     age_ms: int = 0

@@ -17,6 +17,10 @@ from shared.tls import plain_url, tls_options
 from workers.control import watch
 from workers.fleet import Fleet
 from workers.hooks.bootsteps import EngineStep, IntakeStep
+from workers.hooks.transport import TransportParts
+
+EVENT_TIMEOUT_SECONDS = 2.0
+"""Longest wait of the worker's loop for what Celery sends: events and replies of remote control. Not for requests."""
 
 TRANSPORT = "muai-redis"
 TRANSPORT_ALIASES[TRANSPORT] = "workers.hooks.transport:Transport"
@@ -39,7 +43,7 @@ class FleetApp(Celery):
     """A Celery app with the fleet it serves."""
 
     fleet: Fleet
-    events_cls = "workers.observe.celery_events:FleetEvents"
+    events_cls = "workers.hooks.events:FleetEvents"
 
     @cached_property
     def Worker(self) -> Any:  # noqa: N802  # Celery's name
@@ -47,17 +51,28 @@ class FleetApp(Celery):
         return self.subclass_with_self("workers.worker:FleetWorker", "Worker", reverse="Worker")
 
 
+def transport_options(fleet: Fleet) -> dict[str, Any]:
+    """What the transport needs of the worker, and time limits on its connections."""
+    settings = fleet.settings.fleet
+    return {
+        "services": TransportParts(fleet.settler, fleet.intakes, fleet.signer, fleet.limits),
+        "socket_timeout": min(settings.socket_timeout_seconds, EVENT_TIMEOUT_SECONDS),
+        "socket_connect_timeout": settings.connect_timeout_seconds,
+        "socket_keepalive": True,
+        "health_check_interval": 5,
+    }
+
+
 def create_app(settings: Settings) -> FleetApp:
     """Build the app for these settings. Nothing connects yet."""
-    fleet = Fleet(settings)
     url, tls = plain_url(settings.fleet.redis_url), tls_options(settings.fleet) or None
     app = FleetApp("muai", set_as_current=False)
-    app.fleet = fleet
+    app.fleet = fleet = Fleet(settings, app)
     app.conf.update(
         broker_url=url,
         broker_use_ssl=tls,
         broker_transport=TRANSPORT,
-        broker_transport_options=fleet.transport_options(),
+        broker_transport_options=transport_options(fleet),
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_channel_error_retry=True,  # a full broker refuses commands: wait for room rather than exit
@@ -79,7 +94,7 @@ def create_app(settings: Settings) -> FleetApp:
         task_create_missing_queues=True,
         task_acks_late=True,
         task_reject_on_worker_lost=True,
-        worker_consumer="workers.hooks.bootsteps:FleetConsumer",
+        worker_consumer="workers.hooks.consumer:FleetConsumer",
         worker_pool="solo",
         worker_concurrency=1,
         worker_prefetch_multiplier=1,

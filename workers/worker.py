@@ -68,13 +68,13 @@ class FleetWorker(Worker):
     def _end_within(self, seconds: float) -> None:
         """Be gone after ``seconds`` and a little; asked again, the earlier end counts. Fit for a signal handler."""
         self._asked = True
-        left = self.fleet.stop_within(seconds)
+        left = self.fleet.stopping.within(seconds)
         faulthandler.dump_traceback_later(left + LAST_RESORT_SECONDS, exit=True, file=sys.__stderr__ or sys.stderr)
 
     def start(self) -> None:
         """Run until the worker is stopped."""
         super().start()
-        if not self.fleet.idle:
+        if not self.fleet.stopping.idle:
             # The interpreter would wait for the engine's thread, or unload libraries under its feet.
             logger.warning("an engine is still busy; the process ends without it")
             atexit._run_exitfuncs()
@@ -83,7 +83,7 @@ class FleetWorker(Worker):
     def stop(self, in_sighandler: bool = False, exitcode: int | None = None) -> None:
         """Give back and finish what is here, then say goodbye as Celery does, where the broker can hear it."""
         self._stop_fleet(self.fleet.grace)
-        if self.fleet.heard:
+        if self.fleet.stopping.heard:
             super().stop(in_sighandler, exitcode)
         else:
             self.exitcode = self.exitcode if exitcode is None else exitcode
@@ -93,10 +93,10 @@ class FleetWorker(Worker):
         """The same in a hurry: Celery cannot go on."""
         self._stop_fleet(0.0)
         self.exitcode = EX_FAILURE if self.exitcode is None else self.exitcode
-        if self.fleet.heard:
+        if self.fleet.stopping.heard:
             super().terminate(in_sighandler)
 
     def _stop_fleet(self, seconds: float) -> None:
         if not self._asked:
             self._end_within(seconds)
-        self.fleet.stop()
+        self.fleet.stopping.run()

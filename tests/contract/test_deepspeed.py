@@ -21,6 +21,7 @@ from shared.errors import ConfigurationError, EngineDied, EngineError, EngineLoa
 from shared.settings import ModelSpec, Settings
 from tests.conftest import ROOT, eventually
 from tests.contract.test_engines import DECODERS, MAX_TOKENS, generate, prompts, run
+from tests.contract.told import check_cancelled, check_tokens
 from tests.tiny_models import greedy_reference, make_bert, mean_vectors
 from workers.engines.base import EngineOutput
 from workers.engines.deepspeed.engine import DeepSpeedEngine, DeepSpeedModel
@@ -112,6 +113,15 @@ def test_sampling_over_stages_is_that_of_one_process(load: Load) -> None:
     staged = run(load("llama", "pp2"), sampled, 5)
 
     assert [outcome.outputs["token_ids"] for outcome in staged] == [outcome.outputs["token_ids"] for outcome in whole]
+
+
+@pytest.mark.parametrize("shape", ["tp2", "pp2"])
+def test_tokens_are_told_as_they_are_made(load: Load, shape: str) -> None:
+    """Over several processes too; a pipeline gathers those of its micro-batches."""
+    model = load("llama", shape)
+
+    check_tokens(model)
+    check_cancelled(model)
 
 
 def test_the_worker_does_not_import_torch() -> None:

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from demo.setup import embedder_path
 from demo.work import QUERIES, SENTENCES
-from shared.contract import InferenceRequest
+from shared.contract import InferenceRequest, Kind
 from shared.errors import BadRequest, Cancelled, ContextTooLong, EngineLoadError, FleetError, UnsupportedKind
 from shared.settings import ModelSpec, Settings
+from tests.contract.told import check_broken_listener, check_cancelled, check_progress, check_tokens
 from tests.tiny_models import CONTEXT, greedy_reference, make_bert, make_gpt2, make_llama, make_qwen, mean_vectors
 from workers.engines import engine_class
 from workers.engines.base import EngineOutput, LoadedModel
@@ -373,3 +374,14 @@ def test_a_model_without_a_chat_template(paths, tmp_path) -> None:
 
     assert isinstance(outcome, BadRequest)
     assert "kind=generate" in str(outcome)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_tokens_are_told_as_they_are_made(load, paths, engine: str) -> None:
+    """What a listener hears is what is answered, as it is made; one that fails harms nobody."""
+    model = load(engine, "llama", paths["llama"])
+
+    check_tokens(model)
+    check_cancelled(model)
+    check_broken_listener(model)
+    check_progress(load(engine, "bert", paths["bert"], kinds=["embed"]), Kind.EMBED)

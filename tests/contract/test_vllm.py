@@ -23,6 +23,7 @@ from shared.errors import Cancelled, ContextTooLong, EngineDied, EngineLoadError
 from shared.settings import ModelSpec, Settings
 from tests.conftest import ROOT, eventually
 from tests.contract.test_engines import DECODERS, MAX_TOKENS, generate, prompts, run
+from tests.contract.told import check_broken_listener, check_cancelled, check_progress, check_tokens
 from tests.tiny_models import CONTEXT, greedy_reference, mean_vectors
 from workers.engines.base import EngineOutput
 
@@ -89,6 +90,7 @@ def test_embeddings_of_real_weights(folder) -> None:
     model = start(embedder_path(), kinds=["embed"])
     try:
         (found,) = run(model, [embed(texts)], 1)
+        check_progress(model, Kind.EMBED)
     finally:
         model.close()
 
@@ -185,6 +187,13 @@ def test_a_request_can_be_taken_out(llama) -> None:
     assert done.acquire(timeout=60)
     assert isinstance(outcomes["aborted"], Cancelled)
     assert isinstance(outcomes["kept"], EngineOutput)
+
+
+def test_tokens_are_told_as_they_are_made(llama) -> None:
+    """What a listener hears is what is answered, step by step; one that fails harms nobody."""
+    check_tokens(llama)
+    check_cancelled(llama)
+    check_broken_listener(llama)
 
 
 # Requirements: 15.1

@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Any
 
+import orjson
 import redis
 
 from shared import keys
 from shared.broker import lua
 from shared.contract import DEFAULT_TENANT
-from shared.settings import FleetSettings
+from shared.limits import Limits, LimitsInForce
+from shared.settings import FleetSettings, Settings
 from workers.broker.pipelined import PipelinedScripts
 
 SAME = "="
@@ -55,7 +57,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """How a lease ends. Build one with the functions of :mod:`workers.ends.ending`."""
+    """What ends a lease: what is written, and where its message goes. For a request :mod:`workers.ends` makes it."""
 
     lease: str
     result_key: str = ""
@@ -68,23 +70,43 @@ class Settlement:
     due_ms: int | None = None
 
     @classmethod
-    def give_back(cls, lease: str) -> Settlement:
-        """The message returns to the front of its queue as it was."""
-        return cls(lease, push_list=SAME, push_message=SAME, push_front=True)
+    def give_back(cls, lease: str, message: bytes | str = SAME) -> Settlement:
+        """The message returns to the front of its queue, as it was or as it is given."""
+        return cls(lease, push_list=SAME, push_message=message, push_front=True)
 
-    def arguments(self) -> tuple[str | bytes | int, ...]:
-        """As ``settle.lua`` takes it."""
-        return (
-            self.lease,
-            self.result_key,
-            self.record,
-            self.reply,
-            self.push_list,
-            self.push_message,
-            "R" if self.push_front else "L",
-            self.dead_reason,
-            "" if self.due_ms is None else self.due_ms,
-        )
+    def terms(self, payloads: list[bytes | str]) -> dict[str, Any]:
+        """As ``settle.lua`` takes it. What is long goes to ``payloads``, and its place there stands for it."""
+        terms: dict[str, Any] = {"lease": self.lease}
+        if self.result_key:
+            payloads.append(self.record)
+            terms |= {"result": self.result_key, "record": len(payloads)}
+        elif self.record and self.reply:
+            payloads.append(self.record)
+            terms["record"] = len(payloads)
+        if self.reply:
+            terms["reply"] = self.reply
+        if self.push_list:
+            terms |= {"list": self.push_list, "front": self.push_front}
+            if self.push_message != SAME:
+                payloads.append(self.push_message)
+                terms["message"] = len(payloads)
+        if self.dead_reason:
+            terms["reason"] = self.dead_reason
+        if self.due_ms is not None:
+            terms["due"] = self.due_ms
+        return terms
+
+
+class Written(IntEnum):
+    """What came of a settlement."""
+
+    LOST = 0
+    """The lease was no longer ours: nothing was written."""
+    DONE = 1
+    CANCELLED = 2
+    """The lease has ended, but the request had been cancelled: that record stands."""
+    ANSWERED = 3
+    """The lease has ended, but the request had its answer: that record stands."""
 
 
 class Verdict(StrEnum):
@@ -107,8 +129,9 @@ class Swept:
 class Delivery:
     """The scripts over one broker connection pool. From any thread; the loop uses what ends in ``soon``."""
 
-    def __init__(self, client: redis.Redis, fleet: FleetSettings) -> None:
+    def __init__(self, client: redis.Redis, fleet: FleetSettings, limits: LimitsInForce | None = None) -> None:
         self._fleet = fleet
+        self._limits = limits or LimitsInForce(Limits.of(Settings(fleet=fleet)))
         self.lease_seconds = fleet.lease_seconds
         self._lease_ms = int(fleet.lease_seconds * 1000)
         self._settle_keys = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.DEAD_LETTERS, keys.IN_FLIGHT, keys.UNDER_WAY]
@@ -121,13 +144,17 @@ class Delivery:
         self._settle = client.register_script(lua("workers.broker", "settle"))
         self._sweep = client.register_script(lua("workers.broker", "sweep"))
 
+    def wait(self) -> None:
+        """Take in what has become of all that was sent so far."""
+        self.scripts.wait()
+
     def share_out(self, places: int) -> None:
         """Reckon what each tenant may have in flight of this many places in the fleet."""
         rules = {
             "" if tenant == DEFAULT_TENANT else tenant: (
                 rule.weight, 0 if rule.in_flight_share is None else max(1, int(rule.in_flight_share * places)),
             )
-            for tenant, rule in self._fleet.tenants.items()
+            for tenant, rule in self._limits.now.tenants.items()
         }  # fmt: skip
         self.quotas = json.dumps(rules) if rules else ""
 
@@ -147,30 +174,30 @@ class Delivery:
             leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER, keys.CANCELLED]
             names = [*leases, keys.queue_state(queue), keys.IN_FLIGHT, *keys.lists_of(queue)]
             self._claim_keys[queue] = names
-        return names, [limit, self._lease_ms, self._fleet.starvation_limit, self.quotas]
+        return names, [limit, self._lease_ms, self._limits.now.starvation_limit, self.quotas]
 
-    def settle(self, outcomes: Sequence[Settlement]) -> list[bool]:
-        """Write outcomes; ``False`` where the lease was no longer ours and nothing was written."""
-        if not outcomes:
+    def settle(self, settlements: Sequence[Settlement]) -> list[Written]:
+        """End leases, and write what follows; says what came of each."""
+        if not settlements:
             return []
-        return _written(self._settle(keys=self._settle_keys, args=self._settle_terms(outcomes)))
+        return _written(self._settle(keys=self._settle_keys, args=self._settle_terms(settlements)))
 
     def settle_soon(
-        self, outcomes: Sequence[Settlement], then: Callable[[list[bool]], None], lost: Callable[[], None]
+        self, settlements: Sequence[Settlement], then: Callable[[list[Written]], None], lost: Callable[[], None]
     ) -> None:
         """The same by the pipelined connection. What was ``lost`` may be settled again: what was written stands."""
-        args = self._settle_terms(outcomes)
+        args = self._settle_terms(settlements)
         self.scripts.run(self._settle, self._settle_keys, args, lambda flags: then(_written(flags)), lost)
 
-    def _settle_terms(self, outcomes: Sequence[Settlement]) -> list[str | bytes | int]:
-        args: list[str | bytes | int] = [
-            self._fleet.result_expires_seconds,
-            self._fleet.dead_letter_capacity,
-            keys.DELAYED_PREFIX,
-        ]
-        for outcome in outcomes:
-            args.extend(outcome.arguments())
-        return args
+    def _settle_terms(self, settlements: Sequence[Settlement]) -> list[bytes | str]:
+        payloads: list[bytes | str] = []
+        terms = {
+            "ttl": self._fleet.result_expires_seconds,
+            "dead_capacity": self._fleet.dead_letter_capacity,
+            "delayed": keys.DELAYED_PREFIX,
+            "leases": [settlement.terms(payloads) for settlement in settlements],
+        }
+        return [orjson.dumps(terms), *payloads]
 
     def begin(self, messages: Sequence[tuple[str, str]]) -> list[Verdict]:
         """Whether messages, each a lease and a request id, may run: for those that others than our client have sent."""
@@ -207,5 +234,5 @@ def _claim_of(rows: list[Any]) -> Claim:
     return Claim(rows[0] / 1000, rows[1], rows[2], rows[3], messages)
 
 
-def _written(flags: list[int]) -> list[bool]:
-    return [flag == 1 for flag in flags]
+def _written(flags: list[int]) -> list[Written]:
+    return [Written(flag) for flag in flags]

@@ -1,33 +1,52 @@
 """What Celery does after a task that is part of a chain, a group, a chord, or has callbacks.
 
-The next steps are published before the request's own record is written, so a worker that dies in between repeats them
-under the same ids; none is lost.
+It is done before the request's own end is written, so a worker that dies in between repeats it under the same ids;
+nothing is lost.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 from celery import Celery, signature
 from celery.canvas import Signature
 from celery.result import AsyncResult
 
-from shared.errors import FleetError
+from shared.errors import UndecodableMessage, WrongSignature
+from shared.signing import Signer
 from workers.observe.celery_events import request_context
+from workers.requests.ending import FINAL, End, Ending
 from workers.requests.inflight import InFlight
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("callbacks", "errbacks", "chain", "chord")
 
 
 class Canvas:
-    """Continues canvases through the app that runs the worker."""
+    """Continues canvases, or ends them, through the app that runs the worker."""
 
-    def __init__(self, app: Celery) -> None:
+    def __init__(self, app: Celery, signer: Signer) -> None:
         self._app = app
+        self._signer = signer
 
-    def succeeded(self, item: InFlight, result: dict[str, Any]) -> list[Any]:
-        """Publish what follows a success; returns the children for the result record."""
-        embed = _canvas_of(item)
-        if embed is None:
-            return []
+    def tell(self, ending: Ending) -> list[Any]:
+        """Let the rest of a canvas know how a request of it ends, where that is final.
+
+        Returns the steps that were published, for the record of a success.
+        """
+        if ending.end is End.RESULT:
+            embed = ending.item.embed
+            return self._go_on(ending.item, embed, ending.result) if embed and _canvas(embed) else []
+        if ending.end in FINAL:
+            embed = self._embed(ending.item)
+            if embed:
+                self._stop(ending, embed)
+        return []
+
+    def _go_on(self, item: InFlight, embed: dict[str, Any], result: Mapping[str, Any] | None) -> list[Any]:
         options = {"parent_id": item.id, "root_id": item.headers.get("root_id"), "priority": item.priority}
         children: list[AsyncResult[Any]] = [
             self._signature(callback).apply_async((result,), **options) for callback in embed.get("callbacks") or ()
@@ -39,20 +58,40 @@ class Canvas:
             self._app.backend.on_chord_part_return(request_context(item, embed), "SUCCESS", result)
         return [child.as_tuple() for child in children]
 
-    def failed(self, item: InFlight, error: FleetError) -> None:
-        """Tell the rest of the canvas that this step failed, as Celery does."""
-        embed = _canvas_of(item)
-        if embed is not None:
-            self._app.backend.mark_as_failure(
-                item.id, error, request=request_context(item, embed), store_result=True, call_errbacks=True
-            )
+    def _stop(self, ending: Ending, embed: dict[str, Any]) -> None:
+        """Tell whoever waits for a later step, or for the body of the chord. The request's own record is not written.
+
+        Callbacks for errors are called after a failure only, as Celery does it: nobody cancels by mistake.
+        """
+        revoked = ending.end in (End.CANCEL, End.EXPIRY)
+        state, error = "REVOKED" if revoked else "FAILURE", ending.error
+        context, backend = request_context(ending.item, embed), self._app.backend
+        chain, context.chain = context.chain, None
+        backend.mark_as_failure(
+            ending.item.id, error, request=context, store_result=False, call_errbacks=not revoked, state=state
+        )
+        # By itself, for Celery stores the request's own result together with those of the steps after it.
+        backend._fail_chain(chain, error, store_result=True, state=state)
+
+    def _embed(self, item: InFlight) -> dict[str, Any] | None:
+        """The canvas of a request that may have ended before its message was read, and is to be believed."""
+        embed = item.embed
+        if embed is None:
+            try:
+                embed = item.decode()[2]
+            except UndecodableMessage:
+                return None
+        if not _canvas(embed):
+            return None
+        try:
+            self._signer.check({"headers": item.headers, "body": item.body})
+        except WrongSignature:
+            return None
+        return embed
 
     def _signature(self, data: dict[str, Any]) -> Signature:
         return signature(data, app=self._app)
 
 
-def _canvas_of(item: InFlight) -> dict[str, Any] | None:
-    embed = item.embed
-    if embed and any(embed.get(part) for part in ("callbacks", "errbacks", "chain", "chord")):
-        return embed
-    return None
+def _canvas(embed: Mapping[str, Any]) -> bool:
+    return any(embed.get(part) for part in PARTS)

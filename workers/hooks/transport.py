@@ -13,10 +13,8 @@ its sleep takes nothing with it.
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
@@ -25,10 +23,13 @@ from redis.exceptions import OutOfMemoryError, ReadOnlyError
 
 from shared import keys, wire
 from shared.contract import TASK_NAME
-from shared.errors import BadRequest, PayloadTooLarge, UndecodableMessage
+from shared.errors import BadRequest
+from shared.limits import LimitsInForce
 from shared.signing import Signer
-from workers.broker.delivery import LEFT_OUT_SECONDS, Claim, Delivery, LeasedMessage, Settlement
-from workers.broker.leases import LeaseKeeper
+from workers.broker.delivery import LEFT_OUT_SECONDS, Claim, LeasedMessage, Settlement
+from workers.ends.settler import Settler
+from workers.requests.ending import Ending
+from workers.requests.inflight import InFlight
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,6 @@ PREFETCH_UNLIMITED = 64
 
 STALE_SHARE = 1 / 3
 """Share of a lease after which a claim's answer is too old, because the broker or this process stood still."""
-
-_CORRELATION = re.compile(rb'"correlation_id": ?"([^"\\]{1,128})"')
 
 
 class MessageSink(Protocol):
@@ -66,19 +65,15 @@ class TransportParts(dict[str, Any]):
     """
 
     def __init__(
-        self,
-        delivery: Delivery,
-        leases: LeaseKeeper,
-        intakes: Mapping[str, MessageSink],
-        signer: Signer,
-        max_bytes: int,
+        self, settler: Settler, sinks: Mapping[str, MessageSink], signer: Signer, limits: LimitsInForce
     ) -> None:
         super().__init__()
-        self.delivery = delivery
-        self.leases = leases
-        self.intakes = intakes
+        self.delivery = settler.delivery
+        self.leases = settler.leases
+        self.settler = settler
+        self.sinks = sinks
         self.signer = signer
-        self.max_bytes = max_bytes
+        self.limits = limits
 
 
 class LeaseQoS(kombu_redis.virtual.QoS):
@@ -150,7 +145,7 @@ class Channel(kombu_redis.Channel):
         super().__init__(*args, **kwargs)
         self.delivery = self.services.delivery
         self.leases = self.services.leases
-        self.intakes = self.services.intakes
+        self.intakes = self.services.sinks
 
     # -- waiting ----------------------------------------------------------------------------------------------------
 
@@ -306,12 +301,13 @@ class Channel(kombu_redis.Channel):
     def _read(self, queue: str, message: LeasedMessage) -> dict[str, Any] | None:
         """The envelope of a claimed message; ``None`` where it is refused, which is settled here."""
         try:
-            envelope = wire.decode_envelope(message.payload, self.services.max_bytes)
+            envelope = wire.decode_envelope(message.payload, self.services.limits.now.max_payload_bytes)
             if queue not in self._unacknowledged:  # there are no tasks among the replies of remote control
                 self.services.signer.check(envelope)
         except BadRequest as error:
+            item = InFlight.unreadable(message.lease, queue, message.payload, error)
             logger.error("a message on %s went to the dead letters: %s", queue, error)
-            self.delivery.settle([refusal(message, error)])
+            self.services.settler.end([Ending.refused(item, error)])
             return None
         envelope["properties"]["delivery_tag"] = message.lease
         return envelope
@@ -351,30 +347,6 @@ class Channel(kombu_redis.Channel):
         if self.waiter.connection is not None:
             self.waiter.connection.disconnect()
         super().close()
-
-
-def refusal(message: LeasedMessage, error: BadRequest) -> Settlement:
-    """A message nobody can decode becomes a dead letter; its sender is told where the message still names one."""
-    reason = str(error)
-    headers: dict[str, Any] = {}
-    if isinstance(error, PayloadTooLarge):  # it is not worth decoding; what names it is behind the body
-        found = _CORRELATION.search(message.payload, max(0, len(message.payload) - wire.MAX_HEADER_BYTES))
-        headers = {"id": found[1].decode(errors="replace")} if found else {}
-    else:
-        with suppress(UndecodableMessage):
-            named = wire.loads_object(message.payload).get("headers")
-            headers = named if isinstance(named, dict) else {}
-    task_id = wire.usable_id(headers.get("id"))
-    if not task_id:
-        return Settlement(message.lease, dead_reason=reason)
-    record = wire.failure_meta(task_id, error)
-    return Settlement(
-        message.lease,
-        result_key=keys.result_key(task_id),
-        record=record,
-        reply=wire.reply_of(headers),
-        dead_reason=reason,
-    )
 
 
 class Poller(kombu_redis.MultiChannelPoller):

@@ -24,7 +24,7 @@ class CircuitBreaker:
     """One model of one engine. Times are in seconds of any steady clock."""
 
     def __init__(self, settings: BreakerSettings) -> None:
-        self._settings = settings
+        self.settings = settings
         self._failures = 0
         self._openings = 0
         self.state = State.CLOSED
@@ -42,9 +42,9 @@ class CircuitBreaker:
         if self.state is State.OPEN:
             return False
         self._failures += 1
-        if not error.outage and self.state is State.CLOSED and self._failures < self._settings.failures:
+        if not error.outage and self.state is State.CLOSED and self._failures < self.settings.failures:
             return False
-        rest = min(self._settings.rest_seconds * 2**self._openings, self._settings.longest_rest_seconds)
+        rest = min(self.settings.rest_seconds * 2**self._openings, self.settings.longest_rest_seconds)
         if isinstance(error, EngineDied) and self._openings == 0:
             rest = 0.0  # a process that dies once is started again at once
         self._failures = 0

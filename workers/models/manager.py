@@ -12,9 +12,10 @@ from functools import partial
 
 from shared.contract import Feature, Kind
 from shared.errors import BadRequest, EngineDied, EngineLoadError, FleetError, UnknownModel
+from shared.limits import Limits, LimitsInForce
 from shared.registry import ServedModel
 from shared.settings import ModelSpec, Settings
-from workers.engines.base import Engine, LoadedModel
+from workers.engines.base import Engine, LoadedModel, OnTokens
 from workers.models.breaker import CircuitBreaker, State
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,10 @@ Check = Callable[[LoadedModel], str]
 
 @dataclass(frozen=True, slots=True)
 class ModelEvent:
-    """A model was loaded or unloaded. ``seconds`` is how long that took."""
+    """What became of a model: ``action`` is load, unload, rest or back.
+
+    ``seconds`` is how long loading or unloading took, or how long the rest is.
+    """
 
     model: str
     action: str
@@ -36,17 +40,24 @@ class ModelEvent:
 class ModelManager:
     """The models of one engine. Loading and unloading are the engine's thread's; the rest may be asked by any."""
 
-    def __init__(self, engine: Engine, settings: Settings, check: Check = lambda model: "") -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        limits: LimitsInForce | None = None,
+        check: Check = lambda model: "",
+    ) -> None:
         self.engine = engine
+        self._limits = limits or LimitsInForce(Limits.of(settings))
         self._check = check
-        self._max_cached = settings.models.max_cached
         self._catalog = {name: spec for name, spec in settings.models.catalog.items() if spec.served_by(engine.name)}
         self._loaded: OrderedDict[str, LoadedModel] = OrderedDict()
         self._parity: dict[str, str] = {}
-        self._breakers = {name: CircuitBreaker(settings.optimization.breaker) for name in self._catalog}
+        self._breakers = {name: CircuitBreaker(self._limits.now.breaker) for name in self._catalog}
         self._lock = threading.Lock()
+        self._on_tokens: OnTokens | None = None
         self.on_change: Callable[[], None] = lambda: None
-        self.events: list[ModelEvent] = []
+        self.on_event: Callable[[ModelEvent], None] = lambda event: None
 
     def get(self, name: str) -> LoadedModel:
         """The model, loaded if it was not; the least recently used one goes where there are too many.
@@ -71,6 +82,17 @@ class ModelManager:
     def find(self, name: str) -> LoadedModel | None:
         """The model, where it is loaded."""
         return self._loaded.get(name)
+
+    @property
+    def on_tokens(self) -> OnTokens | None:
+        """What listens to the tokens of every model; see :attr:`LoadedModel.on_tokens`. May be set at any time."""
+        return self._on_tokens
+
+    @on_tokens.setter
+    def on_tokens(self, listener: OnTokens | None) -> None:
+        self._on_tokens = listener
+        for model in list(self._loaded.values()):
+            model.on_tokens = listener
 
     def unload(self, name: str, reason: str) -> bool:
         """Let a model go; ``False`` where it is not loaded."""
@@ -107,10 +129,12 @@ class ModelManager:
         if breaker is None:
             return
         with self._lock:
+            breaker.settings = self._limits.now.breaker
             opened = breaker.failed(error, time.monotonic())
         if opened:
             rest = max(0.0, breaker.due - time.monotonic())
             logger.error("%s: %s rests for %.0f s: %s", self.engine.name, name, rest, error)
+            self.on_event(ModelEvent(name, "rest", rest, type(error).__name__))
             self.on_change()
 
     def revive(self) -> bool:
@@ -134,6 +158,7 @@ class ModelManager:
             breaker.try_again()
             back = True
             logger.info("%s: %s is back", self.engine.name, name)
+            self.on_event(ModelEvent(name, "back", 0.0))
         return back
 
     def revive_at(self) -> float:
@@ -174,8 +199,8 @@ class ModelManager:
         return {name: error for name, breaker in self._breakers.items() if (error := breaker.error) is not None}
 
     def _load(self, spec: ModelSpec, on_trial: bool = False) -> LoadedModel:
-        while len(self._loaded) >= self._max_cached:
-            self.unload(next(iter(self._loaded)), f"max_cached ({self._max_cached}) reached")
+        while len(self._loaded) >= (most := self._limits.now.max_cached):
+            self.unload(next(iter(self._loaded)), f"max_cached ({most}) reached")
         started = time.perf_counter()
         try:
             model = self.engine.load(spec)
@@ -198,12 +223,12 @@ class ModelManager:
             raise failure from error
         self._loaded[spec.name] = model
         model.on_death = partial(self.failed, spec.name)
+        model.on_tokens = self._on_tokens
         self._record(ModelEvent(spec.name, "load", time.perf_counter() - started))
         return model
 
     def _record(self, event: ModelEvent) -> None:
-        self.events.append(event)
-        del self.events[:-100]
+        self.on_event(event)
         logger.info(
             "%s: %s of %s took %.2f s%s", self.engine.name, event.action, event.model, event.seconds,
             f" ({event.reason})" if event.reason else "",

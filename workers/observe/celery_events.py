@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from celery import Celery, signals
-from celery.app.events import Events
 from celery.app.task import Context, Task
-from celery.events.dispatcher import EventDispatcher
 from celery.exceptions import Retry
 from celery.utils.time import utcoffset
 from celery.worker import state
 from kombu.serialization import register
 
 from shared import wire
-from shared.contract import TASK_NAME
-from shared.errors import FleetError
+from shared.contract import TASK_NAME, EngineName
+from workers.observe.observers import Observer
+from workers.requests.ending import End, Ending
 from workers.requests.inflight import InFlight
 
 logger = logging.getLogger(__name__)
@@ -41,22 +41,8 @@ SERIALIZER = "muai-json"
 register(SERIALIZER, wire.dumps, None, content_type="application/json", content_encoding="utf-8")
 
 
-class Dispatcher(EventDispatcher):
-    """Celery's dispatcher, which tries once: its heartbeat would hold the loop up for as long as the broker is away."""
-
-    def send(self, type: str, *args: Any, retry: bool = False, **fields: Any) -> Any:  # noqa: A002  # Celery's name
-        """Send an event, or buffer it."""
-        return super().send(type, *args, retry=False, **fields)
-
-
-class FleetEvents(Events):
-    """``app.events`` with this dispatcher."""
-
-    dispatcher_cls = "workers.observe.celery_events:Dispatcher"
-
-
-class TaskObserver:
-    """Reports the life of requests. Used by the consumer's loop only."""
+class CeleryEvents(Observer):
+    """Sends Celery's events and signals, and keeps what ``celery inspect`` reads."""
 
     def __init__(self, app: Celery) -> None:
         self._app = app
@@ -65,6 +51,15 @@ class TaskObserver:
         self._common: dict[str, Any] = {}
         self.consumer: Any = None
         self._flush_due = False
+        self._endings: Mapping[End, Callable[[Ending], None]] = {
+            End.RESULT: self._succeeded,
+            End.FAILURE: self._failed,
+            End.DEAD_LETTER: self._failed,
+            End.REFUSAL: self._failed,
+            End.CANCEL: self._revoked,
+            End.EXPIRY: self._revoked,
+            End.HOP: self._retried,
+        }
 
     @cached_property
     def task(self) -> Task:
@@ -103,8 +98,8 @@ class TaskObserver:
             self._flush_due = True
             self.consumer.hub.call_later(FLUSH_SECONDS, self.flush)
 
-    def received(self, item: InFlight) -> None:
-        """A request was claimed and accepted."""
+    def request_received(self, item: InFlight) -> None:
+        """Send ``task-received``."""
         item.task = self.task
         state.task_reserved(item)
         headers = item.headers
@@ -116,30 +111,37 @@ class TaskObserver:
         if signals.task_received.receivers:
             signals.task_received.send(sender=self.consumer, request=item)
 
-    def given_back(self, item: InFlight) -> None:
-        """A request left this worker as it came."""
+    def request_left(self, item: InFlight) -> None:
+        """Take it out of what Celery's worker state shows."""
         state.task_ready(item)
 
-    def started(self, item: InFlight) -> None:
-        """A request's batch was handed to the engine."""
-        state.task_accepted(item)
-        self._send("task-started", item)
-        if signals.task_prerun.receivers:
-            with _Current(self.task, item):
-                signals.task_prerun.send(sender=self.task, task_id=item.id, task=self.task, args=(), kwargs={})
+    lease_lost = request_left
 
-    def succeeded(self, item: InFlight, result: dict[str, Any], runtime: float) -> None:
-        """A request's result was written. ``runtime`` is in seconds."""
-        state.task_ready(item)
-        self._send("task-succeeded", item, result="", runtime=runtime)
+    def batch_started(self, engine: EngineName, items: Sequence[InFlight]) -> None:
+        """Send ``task-started`` for each."""
+        for item in items:
+            state.task_accepted(item)
+            self._send("task-started", item)
+            if signals.task_prerun.receivers:
+                with _Current(self.task, item):
+                    signals.task_prerun.send(sender=self.task, task_id=item.id, task=self.task, args=(), kwargs={})
+
+    def request_ended(self, ending: Ending) -> None:
+        """Send the event that Celery has for it, where it has one."""
+        state.task_ready(ending.item)
+        tell = self._endings.get(ending.end)
+        if tell is not None and (ending.end is not End.HOP or ending.error is not None):
+            tell(ending)
+
+    def _succeeded(self, ending: Ending) -> None:
+        self._send("task-succeeded", ending.item, result="", runtime=ending.seconds)
         if signals.task_success.receivers:
-            with _Current(self.task, item):
-                signals.task_success.send(sender=self.task, result=result)
-        self._postrun(item, result, "SUCCESS")
+            with _Current(self.task, ending.item):
+                signals.task_success.send(sender=self.task, result=ending.result)
+        self._postrun(ending.item, ending.result, "SUCCESS")
 
-    def failed(self, item: InFlight, error: FleetError) -> None:
-        """A request's failure was written."""
-        state.task_ready(item)
+    def _failed(self, ending: Ending) -> None:
+        item, error = ending.item, ending.error
         self._send("task-failed", item, exception=repr(error), traceback="")
         if signals.task_failure.receivers:
             with _Current(self.task, item):
@@ -149,9 +151,8 @@ class TaskObserver:
         self._postrun(item, error, "FAILURE")
         logger.info("%s[%s] failed: %s", TASK_NAME, item.id, type(error).__name__)
 
-    def retried(self, item: InFlight, error: FleetError) -> None:
-        """A request went on to another engine's queue."""
-        state.task_ready(item)
+    def _retried(self, ending: Ending) -> None:
+        item, error = ending.item, ending.error
         self._send("task-retried", item, exception=repr(error), traceback="")
         if signals.task_retry.receivers:
             with _Current(self.task, item):
@@ -160,9 +161,8 @@ class TaskObserver:
                 )
         self._postrun(item, error, "RETRY")
 
-    def revoked(self, item: InFlight, expired: bool) -> None:
-        """A request was dropped because it was cancelled or because its ``expires`` passed."""
-        state.task_ready(item)
+    def _revoked(self, ending: Ending) -> None:
+        item, expired = ending.item, ending.end is End.EXPIRY
         self._send("task-revoked", item, terminated=False, signum=None, expired=expired)
         if signals.task_revoked.receivers:
             signals.task_revoked.send(sender=self.task, request=item, terminated=False, signum=None, expired=expired)

@@ -51,9 +51,9 @@ class BatchLimits:
         return BatchLimits(1, self.max_batch_tokens, 0.0, True, 1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Batch(Generic[T]):
-    """Requests that run together, in the order in which they came."""
+    """Requests that run together, in the order in which they came. Equal to itself only."""
 
     key: Hashable
     items: list[T]

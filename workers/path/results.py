@@ -25,6 +25,7 @@ def result_of(done: Finished, output: EngineOutput, engine: EngineName, worker_i
             "timing": {
                 "queued_ms": _ms(item.claimed - item.sent),
                 "batched_ms": _ms(item.started - item.claimed),
+                **({"first_token_ms": _ms(item.first_token - item.started)} if item.first_token else {}),
                 "prefill_ms": round(output.prefill_ms, 3),
                 "decode_ms": round(output.decode_ms, 3),
                 "engine_ms": round(done.ran_ms, 3),

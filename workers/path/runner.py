@@ -48,6 +48,13 @@ class BatchDone:
 
 
 @dataclass(frozen=True, slots=True)
+class TokensMade:
+    """So many more tokens were made of each of these requests, in one step of the engine."""
+
+    made: Sequence[tuple[InFlight, int]]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelsChanged:
     """What the engine can be asked has changed: the registry should know."""
 
@@ -57,7 +64,7 @@ class _Signal(Enum):
     LOOK = "look"  # a model has begun to rest: there is a time to wake up at
 
 
-Event = Finished | BatchDone | ModelsChanged
+Event = Finished | BatchDone | TokensMade | ModelsChanged
 Report = Callable[[Event], None]
 
 

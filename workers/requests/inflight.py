@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from enum import StrEnum
 from typing import Any
 
 import orjson
@@ -11,17 +13,41 @@ from pydantic import ValidationError
 
 from shared import wire
 from shared.contract import DEFAULT_TENANT, LATEST, TASK_NAME, Hop, InferenceRequest
-from shared.errors import BadRequest, UndecodableMessage
+from shared.errors import BadRequest, PayloadTooLarge, UndecodableMessage
 
 HANDLED = frozenset({"v", "hops", "deliveries"})
 """Of what is in our header: our client writes the first, the sweeper and engines that fail the others."""
+
+_CORRELATION = re.compile(rb'"correlation_id": ?"([^"\\]{1,128})"')
+
+LARGEST_READ = 64 * 1024 * 1024
+"""Bytes of a message that is refused, up to which it is read for whoever waits on what follows it."""
 
 LONGEST_NAMES = 200
 """Characters that are shown of names that a sender chose."""
 
 
+class State(StrEnum):
+    """Where a claimed request stands in its worker. Which may follow which: :mod:`workers.requests.table`."""
+
+    CLAIMED = "claimed"
+    """It is looked at."""
+    ASKING = "asking"
+    """Others than our client have sent it: the broker is asked whether its id is under way already."""
+    WAITING = "waiting"
+    """It waits for others to run with, or for a place."""
+    ALONE = "alone"
+    """It may be what its workers died of: it waits until nothing else is in this worker's hands."""
+    RUNNING = "running"
+    """The engine has it."""
+    RESTING = "resting"
+    """It met a passing error, and is tried again here after a pause."""
+    ENDED = "ended"
+    """Its end is decided; what the engine may still say of it is not wanted."""
+
+
 class InFlight:
-    """A claimed message, its request, and the times it went through.
+    """A claimed message, its request, its state, and the times it went through.
 
     Has what Celery's worker state and remote control read of a request (``id``, ``name``, ``info()``, …), so that
     ``celery inspect`` shows it. All times are seconds since the epoch.
@@ -35,8 +61,8 @@ class InFlight:
         "claimed",
         "deliveries",
         "embed",
-        "ended",
         "eventer",
+        "first_token",
         "headers",
         "hops",
         "id",
@@ -48,6 +74,7 @@ class InFlight:
         "request",
         "sent",
         "started",
+        "state",
         "task",
         "tokens",
     )  # fmt: skip
@@ -67,10 +94,11 @@ class InFlight:
         self.properties = properties
         self.body = body
         self.claimed = claimed
+        self.state = State.CLAIMED
         self.started = 0.0
+        self.first_token = 0.0
         self.tokens = 0
         self.attempts = 0
-        self.ended = False  # its outcome is known; what the engine may still say of it is not wanted
         self.task: Any = None
         self.eventer: Any = None  # set by Celery on what is in flight when it has to connect again
         self.embed: dict[str, Any] | None = None
@@ -85,6 +113,22 @@ class InFlight:
         self.deliveries = deliveries if isinstance(deliveries, int) else 0  # workers that were lost over it
         priority = properties.get("priority")
         self.priority = priority if isinstance(priority, int) else 0
+
+    @classmethod
+    def unreadable(cls, lease: str, queue: str, payload: bytes, error: BadRequest) -> InFlight:
+        """A message that is refused with ``error``, as far as it can be read: its sender may still be told."""
+        if isinstance(error, PayloadTooLarge) and len(payload) > LARGEST_READ:  # what names it is behind the body
+            found = _CORRELATION.search(payload, max(0, len(payload) - wire.MAX_HEADER_BYTES))
+            return cls(lease, queue, {"id": found[1].decode(errors="replace")} if found else {}, {}, "", 0.0)
+        try:
+            message = wire.loads_object(payload)
+        except UndecodableMessage:
+            message = {}
+        headers, properties, body = message.get("headers"), message.get("properties"), message.get("body")
+        return cls(
+            lease, queue, headers if isinstance(headers, dict) else {},
+            properties if isinstance(properties, dict) else {}, body if isinstance(body, str) else "", 0.0,
+        )  # fmt: skip
 
     # -- what the message says --------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,10 @@ from shared.registry import WorkerInfo
 from shared.routing import chain, choose, tried
 from shared.settings import Settings
 from workers.models.manager import ModelManager
+from workers.requests.ending import Ending
+from workers.requests.inflight import InFlight
+
+logger = logging.getLogger(__name__)
 
 PASS_ON_SECONDS = 0.02
 """How long a request that another worker of the queue must run stays out of reach of this one."""
@@ -32,6 +37,14 @@ class FallbackDecision:
     pause: float = PASS_ON_SECONDS
 
 
+def ending_of(decision: FallbackDecision, item: InFlight, *, here: EngineName, now: float) -> Ending:
+    """The decision carried out: a hop, or this queue again later. ``now`` is in seconds since the epoch."""
+    if decision.engine is None:
+        # The pause keeps it from coming straight back to the same worker.
+        return Ending.delayed(item, min(now + decision.pause, item.last_moment() or float("inf")))
+    return Ending.hops(item, decision.engine, decision.error, here=here, now=now)
+
+
 class Fallback:
     """Decides for one engine of one worker. A decision that there is no way on is raised as the caller's error.
 
@@ -47,7 +60,7 @@ class Fallback:
         live_workers: Callable[[], Sequence[WorkerInfo]],
         refresh: Callable[[float], None],
     ) -> None:
-        self._engine = engine
+        self.engine = engine
         self._models = models
         self._settings = settings
         self._worker_id = worker_id
@@ -56,13 +69,13 @@ class Fallback:
 
     def after_failure(self, request: InferenceRequest, hops: Sequence[Hop], error: FleetError) -> FallbackDecision:
         """The engine failed with ``error``. Raises the error with the history where no engine is left."""
-        here = Hop(engine=self._engine, error=str(error), time=time.time(), outage=error.outage)
+        here = Hop(engine=self.engine, error=str(error), time=time.time(), outage=error.outage)
         try:
             return FallbackDecision(self._next(request, [*hops, here]), error)
         except NoEngineAvailable:
             if error.outage and self._may_wait(request, [*hops, here]):
-                return FallbackDecision(self._engine, error)
-            history = "; ".join([*(f"{hop.engine}: {hop.error}" for hop in hops), f"{self._engine}: {error}"])
+                return FallbackDecision(self.engine, error)
+            history = "; ".join([*(f"{hop.engine}: {hop.error}" for hop in hops), f"{self.engine}: {error}"])
             raise type(error)(f"no engine could serve the request ({history})") from None
 
     def elsewhere(self, request: InferenceRequest, hops: Sequence[Hop], sent: float) -> FallbackDecision:
@@ -82,11 +95,18 @@ class Fallback:
             if refusal is unavailable and self._may_wait(request, hops):
                 return FallbackDecision(None, None, WAIT_SECONDS)
             if error is not None and refusal is unavailable:
-                raise EngineError(f"{self._engine}: {error}; {unavailable}") from None
+                raise EngineError(f"{self.engine}: {error}; {unavailable}") from None
             raise refusal from None
 
+    def carried_out(self, decision: FallbackDecision, item: InFlight, now: float) -> Ending:
+        """The decision as the request's way on, which is logged. ``now`` is in seconds since the epoch."""
+        if decision.engine is not None and decision.error is not None:
+            name = type(decision.error).__name__
+            logger.warning("request %s hops from %s to %s: %s", item.id, self.engine, decision.engine, name)
+        return ending_of(decision, item, here=self.engine, now=now)
+
     def _next(self, request: InferenceRequest, hops: Sequence[Hop]) -> EngineName:
-        return choose(request, self._live_workers(), self._settings, {self._engine, *tried(hops)})
+        return choose(request, self._live_workers(), self._settings, {self.engine, *tried(hops)})
 
     def _may_wait(self, request: InferenceRequest, hops: Sequence[Hop]) -> bool:
         """Whether an engine that is out of service now may be back within the deadline."""
@@ -95,7 +115,7 @@ class Fallback:
 
     def _peer_serves(self, request: InferenceRequest) -> bool:
         return any(
-            worker.serves(self._engine, request.model, request.kind, request.features)
+            worker.serves(self.engine, request.model, request.kind, request.features)
             for worker in self._live_workers()
             if worker.id != self._worker_id
         )

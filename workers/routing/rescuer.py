@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from shared import keys, wire
 from shared.contract import EngineName
 from shared.errors import BadRequest, DeadlineExceeded, EngineOutage, FleetError
+from shared.limits import LimitsInForce
 from shared.registry import WorkerInfo
 from shared.settings import Settings
-from workers.broker.delivery import Delivery, LeasedMessage, Settlement
-from workers.ends import ending
+from workers.broker.delivery import Delivery, LeasedMessage
+from workers.ends.settler import Settler
+from workers.requests.ending import Ending
 from workers.requests.inflight import InFlight
-from workers.routing.fallback import Fallback
+from workers.routing.fallback import Fallback, ending_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +31,15 @@ class Rescuer:
     def __init__(
         self,
         delivery: Delivery,
+        settler: Settler,
+        limits: LimitsInForce,
         settings: Settings,
         worker_id: str,
         live_workers: Callable[[], Sequence[WorkerInfo]],
     ) -> None:
         self._delivery = delivery
-        self._after = settings.fleet.rescue_after_seconds
-        self._max_bytes = settings.fleet.max_payload_bytes
+        self._settler = settler
+        self._limits = limits
         self._live_workers = live_workers
         self._due: dict[EngineName, float] = {}
         self._fallbacks = {
@@ -51,7 +55,7 @@ class Rescuer:
         for engine in EngineName:
             if keys.queue_of(engine) in served:
                 self._due.pop(engine, None)
-            elif now >= self._due.setdefault(engine, now + self._after):
+            elif now >= self._due.setdefault(engine, now + self._limits.now.rescue_after_seconds):
                 moved += self._move(engine)
         return moved
 
@@ -61,33 +65,30 @@ class Rescuer:
             claim = self._delivery.claim(keys.queue_of(engine), AT_ONCE)
             if not claim.messages:
                 break
-            self._delivery.settle([self.judge(engine, message, claim.now) for message in claim.messages])
+            endings = [self.ending_of(engine, message, claim.now) for message in claim.messages]
+            self._settler.end(endings, on_loop=False)
             moved += len(claim.messages)
         if moved:
             logger.warning("no live worker serves %s: %d requests of its queue were dealt with", engine, moved)
         return moved
 
-    def judge(self, engine: EngineName, message: LeasedMessage, now: float) -> Settlement:
+    def ending_of(self, engine: EngineName, message: LeasedMessage, now: float) -> Ending:
         """Where one message goes. ``now`` is in seconds since the epoch."""
+        queue = keys.queue_of(engine)
         try:
-            envelope = wire.decode_envelope(message.payload, self._max_bytes)
-            item = InFlight(
-                message.lease, keys.queue_of(engine), envelope["headers"], envelope["properties"], envelope["body"], now
-            )
+            envelope = wire.decode_envelope(message.payload, self._limits.now.max_payload_bytes)
+            item = InFlight(message.lease, queue, envelope["headers"], envelope["properties"], envelope["body"], now)
             args, kwargs, item.embed = item.decode()
         except BadRequest as error:
-            return Settlement(message.lease, dead_reason=str(error))
+            return Ending.refused(InFlight.unreadable(message.lease, queue, message.payload, error), error)
         gone = EngineOutage(f"no live worker serves the {engine} queue")
         try:
             if item.eta is not None and item.eta > now:
-                return ending.delayed(item.lease, item.eta)
+                return Ending.delayed(item, item.eta)
             item.request = request = item.validated(args, kwargs)
             if request.expired(now):
                 raise DeadlineExceeded(f"the request's deadline passed ({gone})")
             decision = self._fallbacks[engine].elsewhere(request, item.hops, item.sent)
-            if decision.engine is None:
-                due = min(now + decision.pause, item.last_moment() or float("inf"))
-                return ending.delayed(item.lease, due)
         except FleetError as error:
-            return ending.failed(item, error)
-        return ending.hopped(item, decision.engine, gone, engine, time.time())
+            return Ending.failed(item, error)
+        return ending_of(replace(decision, error=gone), item, here=engine, now=now)

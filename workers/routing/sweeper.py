@@ -3,50 +3,49 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from shared import keys, wire
 from shared.errors import DeadLettered, UndecodableMessage
-from workers.broker.delivery import Delivery, Settlement, Swept
-from workers.ends import ending
+from shared.limits import LimitsInForce
+from workers.broker.delivery import Delivery, Swept
+from workers.ends.settler import Settler
+from workers.requests.ending import End, Ending
 from workers.requests.inflight import InFlight
 
 logger = logging.getLogger(__name__)
 
 
 class Sweeper:
-    """Run it every few seconds in every worker; it needs no lock."""
+    """Run it every few seconds on every worker's loop; it needs no lock."""
 
-    def __init__(self, delivery: Delivery, max_deliveries: int) -> None:
+    def __init__(self, delivery: Delivery, settler: Settler, limits: LimitsInForce) -> None:
         self._delivery = delivery
-        self._max_deliveries = max_deliveries
+        self._settler = settler
+        self._limits = limits
 
     def sweep(self) -> float | None:
         """Sweep once; returns the seconds until something is due next, ``None`` where nothing is leased or delayed."""
-        next_due, taken = self._delivery.sweep()
-        if taken:
-            outcomes = [self.judge(swept) for swept in taken]
-            self._delivery.settle(outcomes)
-            dead = sum(1 for ended in outcomes if ended.dead_reason)
-            logger.warning("%d expired leases taken over: %d back in their queues, %d dead-lettered",
-                           len(taken), len(taken) - dead, dead)  # fmt: skip
+        next_due, swept = self._delivery.sweep()
+        if swept:
+            self._end([self.ending_of(message) for message in swept])
         return next_due
 
-    def judge(self, swept: Swept) -> Settlement:
+    def _end(self, endings: Sequence[Ending]) -> None:
+        self._settler.end(endings)
+        back = sum(ending.end is End.GIVE_BACK for ending in endings)
+        logger.warning("%d expired leases taken over: %d back in their queues, %d dead-lettered",
+                       len(endings), back, len(endings) - back)  # fmt: skip
+
+    def ending_of(self, swept: Swept) -> Ending:
         """What becomes of a message whose worker is gone."""
+        queue = keys.queue_of_list(swept.list_name)
         try:
             envelope = wire.decode_envelope(swept.payload)
         except UndecodableMessage as error:
-            return Settlement(swept.lease, dead_reason=str(error))
-        headers = envelope["headers"]
-        counted = wire.own_header(headers).get("deliveries")
-        deliveries = (counted if isinstance(counted, int) else 0) + 1
-        if deliveries < self._max_deliveries:
-            return Settlement(
-                swept.lease,
-                push_list=swept.list_name,
-                push_message=wire.amended(envelope, header={"deliveries": deliveries}),
-                push_front=True,
-            )
-        item = InFlight(swept.lease, keys.queue_of_list(swept.list_name), headers, envelope["properties"], "", 0.0)
-        reason = f"delivered {deliveries} times, and no worker lived to answer it"
-        return ending.failed(item, DeadLettered(f"the request was given up: {reason}"), dead_reason=reason)
+            return Ending.refused(InFlight.unreadable(swept.lease, queue, swept.payload, error), error)
+        item = InFlight(swept.lease, queue, envelope["headers"], envelope["properties"], envelope["body"], 0.0)
+        if item.deliveries + 1 < self._limits.now.max_deliveries:
+            return Ending.redelivery(item)
+        reason = f"delivered {item.deliveries + 1} times, and no worker lived to answer it"
+        return Ending.dead(item, DeadLettered(f"the request was given up: {reason}"), reason)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from shared.contract import EngineName, InferenceRequest
 from shared.errors import NoEngineAvailable
+from shared.limits import Limits, LimitsInForce
 from shared.registry import EngineInfo, ServedModel, WorkerInfo
 from shared.routing import chain, choose
 from shared.settings import ModelSpec, Settings
@@ -27,9 +28,10 @@ from workers.devices.devices import Devices
 from workers.devices.nvml import Detected
 from workers.engines import engine_class
 from workers.engines.base import Availability
+from workers.engines.fake import FakeEngine
 from workers.engines.vllm.options import engine_arguments
-from workers.path.batcher import Batcher
-from workers.path.intake import limits_of
+from workers.path.waiting import WaitingRoom
+from workers.requests.inflight import InFlight
 
 pytestmark = pytest.mark.property
 EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True)
@@ -158,11 +160,11 @@ def may_serve(engine: EngineName, configured: Settings) -> bool:
 
 
 def runs_together(configured: Settings) -> bool:
-    """Whether two requests that wait for the same are one batch."""
-    batcher: Batcher[int] = Batcher(limits_of(configured))
-    for item in range(2):
-        batcher.add(item, "key", 1, 0.0)
-    batch = batcher.next_batch(configured.optimization.batcher.batch_timeout_ms)
+    """Whether two alike requests that wait run in one batch."""
+    room = WaitingRoom(FakeEngine(configured), LimitsInForce(Limits.of(configured)))
+    for lease in ("1", "2"):
+        room.add(InFlight(lease, "fake", {}, {}, "", 0.0), REQUEST, 0.0)
+    batch = room.next_batch(configured.optimization.batcher.batch_timeout_ms)
     return batch is not None and len(batch.items) == 2
 
 

@@ -22,11 +22,13 @@ EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True)
 NAMES = ("a", "b", "c", "d", "e")
 
 
-def manager(**models: object) -> ModelManager:
-    """The models of a fake engine."""
+def manager(**models: object) -> tuple[ModelManager, list[tuple[str, str]]]:
+    """The models of a fake engine, and what happens to them: each load and unload, by name."""
     catalog = {name: {"path": "fake"} for name in NAMES}
     configured = Settings.model_validate({"models": {"catalog": catalog, **models}})
-    return ModelManager(FakeEngine(configured), configured)
+    made, happened = ModelManager(FakeEngine(configured), configured), list[tuple[str, str]]()
+    made.on_event = lambda event: happened.append((event.action, event.model))
+    return made, happened
 
 
 # Feature: advanced-optimization-monitoring, Property 25: a loaded model stays loaded
@@ -37,7 +39,7 @@ def manager(**models: object) -> ModelManager:
 )
 def test_a_model_is_loaded_once_and_stays_until_it_has_to_go(most: int, steps: list[tuple[str, str]]) -> None:
     """As long as it is not unloaded, and not the one used longest ago where there are too many, it is the same one."""
-    models = manager(max_cached=most)
+    models, seen = manager(max_cached=most)
     kept: OrderedDict[str, LoadedModel] = OrderedDict()
     happened: list[tuple[str, str]] = []
     for step, name in steps:
@@ -55,7 +57,7 @@ def test_a_model_is_loaded_once_and_stays_until_it_has_to_go(most: int, steps: l
 
         assert {other for other in NAMES if models.find(other)} == kept.keys()
         assert {other for other, served in models.status().items() if served.loaded} == kept.keys()
-    assert [(event.action, event.model) for event in models.events] == happened
+    assert seen == happened
 
 
 # Requirements: 8.4
@@ -63,13 +65,13 @@ def test_a_model_is_loaded_once_and_stays_until_it_has_to_go(most: int, steps: l
 @given(preload=st.lists(st.sampled_from(NAMES), unique=True))
 def test_models_that_are_to_be_preloaded_are_there_before_the_first_request(preload: list[str]) -> None:
     """Loaded once, in that order, before the engine says that it is ready."""
-    models = manager(max_cached=len(NAMES))
+    models, seen = manager(max_cached=len(NAMES))
     runner = BatchRunner(models, lambda event: None)
 
     runner.start(preload)
 
     assert runner.loaded.wait(60)
-    assert [(event.action, event.model) for event in models.events] == [("load", name) for name in preload]
+    assert seen == [("load", name) for name in preload]
     assert runner.stop(timeout=60)
 
 
@@ -93,7 +95,7 @@ def batch_of(model: str, prompts: list[str], number: int) -> Batch[InFlight]:
 def test_what_an_engine_was_given_before_the_stop_is_answered(batches, before: int) -> None:
     """Each request once, whatever becomes of the others; then the models are let go and the thread ends."""
     reports: list[Event] = []
-    models = manager(max_cached=2)
+    models, _ = manager(max_cached=2)
     runner = BatchRunner(models, reports.append)
     given_to_it = [batch_of(model, prompts, number) for number, (model, prompts) in enumerate(batches)]
     for batch in given_to_it[:before]:

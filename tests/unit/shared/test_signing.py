@@ -13,7 +13,8 @@ from shared.masking import masked
 from shared.settings import Settings
 from shared.settings_loader import load_settings
 from shared.signing import Signer
-from workers.ends import ending
+from workers.ends.settlements import settlement_of
+from workers.requests.ending import Ending
 from workers.requests.inflight import InFlight
 
 OLD, NEW = "a key of the old days", "a key of the new days"
@@ -37,7 +38,8 @@ def test_what_a_worker_amends_leaves_the_signature_valid() -> None:
     item = InFlight("1", "onnx", envelope["headers"], envelope["properties"], envelope["body"], 2.0)
 
     redelivered = wire.amended(envelope, header={"deliveries": 2})
-    hopped = ending.hopped(item, EngineName.PYTORCH, EngineError("x"), EngineName.ONNX, 2.0).push_message
+    hop = Ending.hops(item, EngineName.PYTORCH, EngineError("x"), here=EngineName.ONNX, now=2.0)
+    hopped = settlement_of(hop).push_message
 
     for payload in (redelivered, hopped):
         keys.check(wire.decode_envelope(payload))

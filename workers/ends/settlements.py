@@ -1,0 +1,114 @@
+"""What is written when a request ends: its record, its reply, and where its message goes. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from shared import keys, wire
+from shared.contract import Hop
+from shared.errors import FleetError
+from workers.broker.delivery import Settlement
+from workers.requests.ending import End, Ending
+from workers.requests.inflight import InFlight
+
+MOST_RETRIES = 2**31
+"""A sender that says more has not counted."""
+
+
+def settlement_of(ending: Ending, children: Sequence[Any] = ()) -> Settlement:
+    """What an ending writes; ``children`` are the next steps of a canvas, which a success names in its record."""
+    return _WRITTEN[ending.end](ending, children)
+
+
+def _result(ending: Ending, children: Sequence[Any]) -> Settlement:
+    item = ending.item
+    record = wire.success_meta(item.id, ending.encoded, extra=item.record_extra(), children=children)
+    return Settlement(item.lease, result_key=_result_key(item), record=record, reply=item.reply)
+
+
+def _failure(ending: Ending, _: Sequence[Any]) -> Settlement:
+    return _told(ending.item, ending.error, "FAILURE")
+
+
+def _revoked(ending: Ending, _: Sequence[Any]) -> Settlement:
+    return _told(ending.item, ending.error, "REVOKED")
+
+
+def _dead(ending: Ending, _: Sequence[Any]) -> Settlement:
+    return _told(ending.item, ending.error, "FAILURE", dead_reason=ending.reason or str(ending.error))
+
+
+def _hop(ending: Ending, _: Sequence[Any]) -> Settlement:
+    """A Celery retry with the same id, on the queue of the next engine.
+
+    What failed here is written into the message's history; where nothing did (the request had merely come to a queue
+    that cannot serve it) nothing is.
+    """
+    item, error = ending.item, ending.error
+    if ending.to is None or ending.here is None:
+        raise ValueError("a hop goes from one engine to another")
+    hops = [hop.model_dump(mode="json") for hop in item.hops]
+    if error is not None:
+        hop = Hop(engine=ending.here, error=str(error)[:500], time=ending.at, outage=error.outage)
+        hops.append(hop.model_dump(mode="json", exclude_defaults=True))
+    queue = keys.queue_of(ending.to)
+    before = item.headers.get("retries")
+    retries = (before if isinstance(before, int) and 0 <= before < MOST_RETRIES else 0) + (error is not None)
+    message = wire.amended(item.envelope(queue), header={"hops": hops, "sent": item.sent}, retries=retries)
+    record = b"" if error is None else wire.failure_meta(item.id, error, status="RETRY", extra=item.record_extra())
+    return Settlement(
+        item.lease,
+        result_key=_result_key(item) if record else "",
+        record=record,
+        push_list=keys.list_of(queue, item.priority, item.tenant),
+        push_message=message,
+        push_front=True,
+    )
+
+
+def _delay(ending: Ending, _: Sequence[Any]) -> Settlement:
+    return Settlement(ending.item.lease, due_ms=int(ending.at * 1000))
+
+
+def _give_back(ending: Ending, _: Sequence[Any]) -> Settlement:
+    item = ending.item
+    if not ending.redelivered:
+        return Settlement.give_back(item.lease)
+    message = wire.amended(item.envelope(item.queue), header={"deliveries": item.deliveries + 1})
+    return Settlement.give_back(item.lease, message)
+
+
+def _nothing(ending: Ending, _: Sequence[Any]) -> Settlement:
+    return Settlement(ending.item.lease)
+
+
+_WRITTEN: Mapping[End, Callable[[Ending, Sequence[Any]], Settlement]] = {
+    End.RESULT: _result,
+    End.FAILURE: _failure,
+    End.CANCEL: _revoked,
+    End.EXPIRY: _revoked,
+    End.HOP: _hop,
+    End.DELAY: _delay,
+    End.DEAD_LETTER: _dead,
+    End.GIVE_BACK: _give_back,
+    End.REFUSAL: _dead,
+    End.DUPLICATE: _nothing,
+}
+
+
+def _told(item: InFlight, error: FleetError | None, status: str, dead_reason: str = "") -> Settlement:
+    """The caller is told of an error; with ``dead_reason`` the message is kept among the dead letters."""
+    if error is None:
+        raise ValueError(f"an ending with the status {status} needs its error")
+    if item.id == item.lease:  # the message names no id, so nobody can ask
+        return Settlement(item.lease, dead_reason=dead_reason)
+    record = wire.failure_meta(item.id, error, status=status, extra=item.record_extra())
+    return Settlement(
+        item.lease, result_key=_result_key(item), record=record, reply=item.reply, dead_reason=dead_reason
+    )
+
+
+def _result_key(item: InFlight) -> str:
+    """Where the result is kept; nowhere when the sender asked for none."""
+    return "" if item.headers.get("ignore_result") is True else keys.result_key(item.id)

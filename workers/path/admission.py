@@ -1,0 +1,131 @@
+"""From a claimed message to a request that waits: it is read, checked, and sent where it can be answered."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from shared import wire
+from shared.errors import FleetError, UndecodableMessage
+from shared.limits import LimitsInForce
+from workers.broker.delivery import Delivery, Verdict
+from workers.broker.errors import BROKER_ERRORS
+from workers.broker.leases import LeaseKeeper
+from workers.ends.outbox import Outbox
+from workers.ends.settler import frames
+from workers.models.manager import ModelManager
+from workers.observe.observers import Observers
+from workers.path.expiry import Expiry
+from workers.path.waiting import WaitingRoom
+from workers.requests.ending import Ending
+from workers.requests.inflight import InFlight, State
+from workers.requests.table import RequestTable
+from workers.routing.fallback import Fallback
+
+logger = logging.getLogger(__name__)
+
+SAME_ID_SECONDS = 1.0
+"""How long a message waits while another of the same id is under way."""
+
+Wait = Callable[[InFlight, float], None]
+"""Lets an admitted request wait for its turn; the time is in seconds since the epoch."""
+
+
+class Admission:
+    """Owns the transitions of requests that were claimed and do not wait for their turn yet."""
+
+    def __init__(
+        self,
+        table: RequestTable,
+        delivery: Delivery,
+        leases: LeaseKeeper,
+        outbox: Outbox,
+        observers: Observers,
+        models: ModelManager,
+        waiting: WaitingRoom,
+        expiry: Expiry,
+        fallback: Fallback,
+        limits: LimitsInForce,
+        wait: Wait,
+    ) -> None:
+        self._table = table
+        self._delivery = delivery
+        self._leases = leases
+        self._outbox = outbox
+        self._observers = observers
+        self._models = models
+        self._waiting = waiting
+        self._expiry = expiry
+        self._fallback = fallback
+        self._limits = limits
+        self._wait = wait
+
+    def admit(self, item: InFlight) -> None:
+        """Take one claimed request over: from here on only its lease counts.
+
+        Raises what a broker that fails raises: the request stays claimed, and is to be admitted again when it is back.
+        """
+        try:
+            self._admit(item)
+        except UndecodableMessage as error:
+            self._outbox.add(Ending.refused(item, error))
+        except FleetError as error:
+            self._outbox.add(Ending.failed(item, error))
+        except BROKER_ERRORS:
+            raise
+        except Exception as error:  # noqa: BLE001  # the boundary: no message may stop the loop that takes all the others
+            logger.error("request %s could not be taken in: %s\n%s", item.id, type(error).__name__, frames(error))
+            text = f"the request could not be taken in: {type(error).__name__}"
+            self._outbox.add(Ending.failed(item, FleetError(text)))
+
+    def _admit(self, item: InFlight) -> None:
+        wire.check_body(item.body, self._limits.now.max_payload_bytes)
+        eta = item.eta
+        if eta is not None and eta > item.claimed:
+            self._outbox.add(Ending.delayed(item, eta))
+            return
+        args, kwargs, item.embed = item.decode()
+        self._observers.tell("request_received", item)
+        item.request = request = item.validated(args, kwargs)
+        if (ending := self._expiry.unwanted(item, item.claimed)) is not None:
+            self._outbox.add(ending)
+            return
+        if not self._models.serves(request.model, request.kind, request.features):
+            decision = self._fallback.elsewhere(request, item.hops, item.sent)
+            self._outbox.add(self._fallback.carried_out(decision, item, item.claimed))
+            return
+        last_moment = item.last_moment()
+        if last_moment is not None:
+            self._leases.hold(item.lease, last_moment)
+        item.tokens = self._waiting.tokens(request)
+        if item.foreign:
+            self._table.move(item, State.ASKING)
+        else:
+            self._wait(item, item.claimed)
+
+    def ask(self) -> None:
+        """Other senders may use an id twice: such a message waits for the other one, and ends with its answer."""
+        asking = self._table.all(State.ASKING)
+        if not asking:
+            return
+        verdicts = self._delivery.begin([(item.lease, item.id) for item in asking])
+        done = [item.id for item, verdict in zip(asking, verdicts, strict=True) if verdict is Verdict.DONE]
+        cancelled = self._delivery.cancelled_among(done)
+        for item, verdict in zip(asking, verdicts, strict=True):
+            if verdict is Verdict.RUN:
+                self._wait(item, item.claimed)
+            elif verdict is Verdict.WAIT:
+                self._outbox.add(Ending.delayed(item, item.claimed + SAME_ID_SECONDS))
+            elif item.id in cancelled:  # it has its record, but the rest of its canvas does not know
+                self._outbox.add(Ending.cancelled(item))
+            else:
+                self._outbox.add(Ending.duplicate(item))
+
+    def drop_cancelled(self) -> None:
+        """End what waits and was cancelled."""
+        waiting = list(self._waiting)
+        gone = self._delivery.cancelled_among([item.id for item in waiting])
+        dropped = {item for item in waiting if item.id in gone}
+        self._waiting.remove(dropped)
+        for item in dropped:
+            self._outbox.add(Ending.cancelled(item))

@@ -1,0 +1,95 @@
+"""What becomes of a request that the engine has reported on: its answer, another try, another engine, or its error."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shared import wire
+from shared.errors import AnswerTooLarge, EngineError, FleetError
+from shared.limits import LimitsInForce
+from workers.ends.settler import frames
+from workers.engines.base import EngineOutput
+from workers.path.results import result_of
+from workers.path.runner import Finished
+from workers.path.waiting import WaitingRoom
+from workers.requests.ending import Ending
+from workers.requests.inflight import InFlight
+from workers.routing.fallback import Fallback
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """The request is tried again here after so many seconds."""
+
+    seconds: float
+
+
+class Conclusion:
+    """Decides for the requests of one engine."""
+
+    def __init__(
+        self,
+        fallback: Fallback,
+        waiting: WaitingRoom,
+        limits: LimitsInForce,
+        worker_id: str,
+        clock: Callable[[], float],
+    ) -> None:
+        self._fallback = fallback
+        self._waiting = waiting
+        self._limits = limits
+        self._worker_id = worker_id
+        self._clock = clock
+
+    def of(self, done: Finished, *, stopping: bool) -> Ending | Pause:
+        """How a request goes on or ends; the engine of a ``stopping`` worker may go before it."""
+        item = done.item
+        try:
+            return self._decide(item, done, stopping)
+        except FleetError as error:
+            return Ending.failed(item, error)
+        except Exception as error:  # noqa: BLE001  # the boundary: what cannot be written is its own request's failure
+            # Its text may quote what the engine was given or has answered.
+            name, engine = type(error).__name__, self._fallback.engine
+            logger.error("the outcome of request %s cannot be written: %s\n%s", item.id, name, frames(error))
+            return Ending.failed(item, EngineError(f"the {engine} engine's answer cannot be written: {name}"))
+
+    def _decide(self, item: InFlight, done: Finished, stopping: bool) -> Ending | Pause:
+        outcome = done.outcome
+        if isinstance(outcome, EngineOutput):
+            return self._answered(item, done, outcome)
+        if stopping and (outcome.transient or outcome.outage):
+            return Ending.given_back(item)  # that says nothing of the request
+        if outcome.transient and (pause := self._pause(item)) is not None:
+            name = type(outcome).__name__
+            logger.info("request %s is tried again in %.0f ms: %s", item.id, pause.seconds * 1000, name)
+            return pause
+        if outcome.hops and item.request is not None and self._limits.now.fallback_on_error:
+            decision = self._fallback.after_failure(item.request, item.hops, outcome)
+            return self._fallback.carried_out(decision, item, self._clock())
+        return Ending.failed(item, outcome)
+
+    def _answered(self, item: InFlight, done: Finished, output: EngineOutput) -> Ending:
+        now = self._clock()
+        if item.request is not None:
+            self._waiting.answered(item.request, output.usage.prompt_tokens)
+        result = result_of(done, output, self._fallback.engine, self._worker_id, now)
+        encoded, most = wire.dumps(result), self._limits.now.max_result_bytes
+        if len(encoded) > most:
+            raise AnswerTooLarge(
+                f"the answer is {len(encoded)} bytes; at most {most} are kept (fleet.max_result_bytes): ask for less"
+            )
+        return Ending.answered(item, result, encoded, now - item.started)
+
+    def _pause(self, item: InFlight) -> Pause | None:
+        """How long to wait before another try; ``None`` where it has had enough, or has no time for one."""
+        retry = self._limits.now.retry
+        pause = retry.backoff_ms / 1000 * 2**item.attempts
+        last_moment = item.last_moment()
+        if item.attempts >= retry.attempts or (last_moment is not None and self._clock() + pause >= last_moment):
+            return None
+        return Pause(pause)

@@ -1,0 +1,195 @@
+"""From waiting to running: when the engine has room, what is due starts; what need not wait here goes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from workers.ends.outbox import Outbox
+from workers.observe.observers import Observers
+from workers.path.batcher import Batch, FlushReason
+from workers.path.expiry import Expiry
+from workers.path.runner import EngineRunner
+from workers.path.waiting import ALONE, WaitingRoom
+from workers.requests.ending import Ending
+from workers.requests.inflight import InFlight, State
+from workers.requests.table import RequestTable
+
+PREFETCH_WINDOW = 0.02
+"""Seconds before the running batch is expected to end at which the next one is claimed."""
+
+AHEAD_SHARE = 0.25
+"""How much more than can run is claimed for an engine that batches by itself, so that no slot waits for the broker."""
+
+
+class Loop(Protocol):
+    """What is needed of the worker's event loop."""
+
+    def call_soon(self, callback: Any, *args: Any) -> Any:
+        """Call back at the loop's next turn. From any thread."""
+
+    def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> Any:
+        """Call back after ``delay`` seconds."""
+
+
+class Execution:
+    """Owns the transitions to ``RUNNING``, to ``RESTING`` and back. Times are in seconds since the epoch."""
+
+    def __init__(
+        self,
+        table: RequestTable,
+        waiting: WaitingRoom,
+        runner: EngineRunner,
+        outbox: Outbox,
+        observers: Observers,
+        expiry: Expiry,
+        clock: Callable[[], float],
+        has_peer: Callable[[], bool],
+    ) -> None:
+        self._table = table
+        self._waiting = waiting
+        self._runner = runner
+        self._outbox = outbox
+        self._observers = observers
+        self._expiry = expiry
+        self._clock = clock
+        self._has_peer = has_peer
+        self._batches: dict[Batch[InFlight], float] = {}
+        self._slots = runner.slots + (int(AHEAD_SHARE * runner.slots) if runner.continuous else 0)
+        self._loop: Loop | None = None
+        self._timer_at = float("inf")
+
+    def attach(self, loop: Loop) -> None:
+        """Keep time by this loop from now on."""
+        self._loop = loop
+        self._timer_at = float("inf")
+
+    @property
+    def busy(self) -> bool:
+        """Whether the engine has not come back with what it was given."""
+        return bool(self._batches)
+
+    @property
+    def free(self) -> bool:
+        """Whether another batch could start."""
+        return len(self._batches) < self._slots
+
+    def room(self) -> int:
+        """How many more requests could start soon: nothing is claimed that another worker could run earlier."""
+        if not self._runner.loaded.is_set() or self._exclusive():
+            return 0
+        if self._runner.continuous:
+            return self._slots - len(self._batches) - len(self._waiting)
+        now = self._clock()
+        if not all(self._ends_soon(batch, now) for batch in self._batches):
+            return 0
+        return self._waiting.most() - len(self._waiting)
+
+    def _exclusive(self) -> bool:
+        """Whether a request waits to run by itself, or does."""
+        return bool(self._table.count(State.ALONE)) or any(batch.key == ALONE for batch in self._batches)
+
+    def _ends_soon(self, batch: Batch[InFlight], now: float) -> bool:
+        """Whether the batch is about to end, going by its like, and is not overdue."""
+        usual = self._waiting.usual_seconds(batch)
+        return usual is not None and abs(self._batches[batch] + usual - now) <= PREFETCH_WINDOW
+
+    # -- batch ------------------------------------------------------------------------------------------------------
+
+    def wait(self, item: InFlight, now: float, *, alone: bool) -> None:
+        """Let a request wait for its turn; ``alone``: until nothing else is in this worker's hands."""
+        if item.request is None:
+            raise ValueError("a request waits once it is known")
+        if alone and not self._exclusive():
+            self._table.move(item, State.ALONE)
+            return
+        self._table.move(item, State.WAITING)
+        self._waiting.add(item, item.request, now)
+
+    def pump(self) -> None:
+        """Start what is due, where the engine has room; otherwise come back when something is."""
+        now = self._clock()
+        if self._exclusive():
+            self._pump_alone(now)
+            return
+        if self.free and len(self._waiting):
+            self._drop_unwanted(now)
+            while self.free and (batch := self._waiting.next_batch(now)) is not None:
+                self._start(batch, now)
+            self._outbox.flush()
+        due = self._waiting.due_at(now) if self.free else None
+        if due is not None and due < self._timer_at and self._loop is not None:
+            self._timer_at = due
+            self._loop.call_later(max(0.0, due - now), self._on_timer)
+
+    def _drop_unwanted(self, now: float) -> None:
+        endings = [ending for item in self._waiting if (ending := self._expiry.unwanted(item, now)) is not None]
+        self._waiting.remove({ending.item for ending in endings})
+        for ending in endings:
+            self._outbox.add(ending)
+
+    def _pump_alone(self, now: float) -> None:
+        """Start the one that runs by itself, once nothing else is in this worker's hands."""
+        self.put_back(self._waiting.drain())
+        if not self._batches:
+            for item in self._table.all(State.ALONE):
+                if (ending := self._expiry.unwanted(item, now)) is not None:
+                    self._outbox.add(ending)
+        self._outbox.flush(wait=True)  # before it starts: nothing of what was put back is to be lost with this worker
+        if not self._batches:
+            for item in self._table.all(State.ALONE):
+                self._start(Batch(ALONE, [item], item.tokens, FlushReason.SIZE, now - item.claimed), now)
+
+    def _on_timer(self) -> None:
+        self._timer_at = float("inf")
+        self.pump()
+
+    # -- run --------------------------------------------------------------------------------------------------------
+
+    def _start(self, batch: Batch[InFlight], now: float) -> None:
+        self._batches[batch] = now
+        for item in batch.items:
+            self._table.move(item, State.RUNNING)
+            item.started, item.first_token = now, 0.0
+        self._runner.submit(batch)
+        self._observers.tell("batch_started", self._runner.models.engine.name, batch.items)
+        self._waiting.started(batch)
+        if self._runner.continuous:
+            return
+        if not self._ends_soon(batch, now):
+            self._give_back_waiting()
+        usual = self._waiting.usual_seconds(batch)
+        if usual is not None and self._loop is not None:
+            # The loop claims when it wakes; it is woken in time for the next batch, and looks again when that is late.
+            self._loop.call_later(max(0.0, usual - PREFETCH_WINDOW), self._relieve, batch)
+            self._loop.call_later(usual + 1.1 * PREFETCH_WINDOW, self._relieve, batch)
+
+    def _relieve(self, batch: Batch[InFlight]) -> None:
+        """Where the batch takes longer than its like, let others have what was claimed in good hope."""
+        if batch in self._batches and not self._ends_soon(batch, self._clock()):
+            self._give_back_waiting()
+            self._outbox.flush()
+
+    def _give_back_waiting(self) -> None:
+        """What must wait for the running batch goes back where another worker of the queue can have it."""
+        if len(self._waiting) and self._has_peer():
+            self.put_back(self._waiting.drain())
+
+    def put_back(self, items: Sequence[InFlight]) -> None:
+        """Return these to the front of the queue, in the order in which they came."""
+        for item in reversed(items):
+            self._outbox.add(Ending.given_back(item))
+
+    def ended(self, batch: Batch[InFlight], seconds: float) -> None:
+        """The engine is through with a batch."""
+        del self._batches[batch]
+        if batch.key != ALONE:
+            self._waiting.ended(batch, seconds)
+        self._observers.tell("batch_ended", self._runner.models.engine.name, len(batch.items), seconds)
+
+    def rest(self, item: InFlight, seconds: float, then: Callable[[InFlight], None]) -> None:
+        """Let a request that met a passing error rest, and wait again then."""
+        if self._loop is None:
+            raise RuntimeError("a request rests on a loop")
+        self._table.move(item, State.RESTING)
+        self._loop.call_later(seconds, then, item)

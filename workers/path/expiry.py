@@ -1,0 +1,44 @@
+"""Which requests are not wanted any longer: cancelled, expired, or too late to be answered in time."""
+
+from __future__ import annotations
+
+from celery.worker import state
+
+from shared.contract import InferenceRequest
+from shared.errors import DeadlineExceeded
+from workers.models.manager import ModelManager
+from workers.path.waiting import WaitingRoom
+from workers.requests.ending import Ending
+from workers.requests.inflight import InFlight
+
+
+class Expiry:
+    """Judges the requests of one engine."""
+
+    def __init__(self, models: ModelManager, waiting: WaitingRoom) -> None:
+        self._models = models
+        self._waiting = waiting
+
+    def unwanted(self, item: InFlight, now: float) -> Ending | None:
+        """How a request ends that nobody wants at ``now`` (seconds since the epoch); ``None`` where it is wanted."""
+        if item.id in state.revoked:
+            return Ending.cancelled(item)
+        expires, request = item.expires, item.request
+        if expires is not None and now >= expires:
+            return Ending.expired(item)
+        if request is None or request.deadline is None:
+            return None
+        if request.expired(now):
+            return Ending.failed(item, self._late(item, request))
+        if not item.started and request.expired(now + (takes := self._waiting.least_seconds(request))):
+            text = f"the deadline cannot be met: such requests take {takes:.3f} s or more"
+            return Ending.failed(item, DeadlineExceeded(text))
+        return None
+
+    def _late(self, item: InFlight, request: InferenceRequest) -> DeadlineExceeded:
+        """The error of a request whose deadline has passed, with what kept it from being answered."""
+        reasons = [f"{hop.engine}: {hop.error}" for hop in item.hops]
+        failure = self._models.failures().get(request.model)
+        if failure is not None:
+            reasons.append(f"{self._models.engine.name}: {failure}")
+        return DeadlineExceeded(f"the request's deadline passed ({'; '.join(reasons)})" if reasons else None)
