@@ -79,6 +79,7 @@ def long_request(tokens: int = 200) -> InferenceRequest:
     return generate("abc", max_tokens=tokens, ignore_eos=True)
 
 
+# Requirements: 2.1, 2.2, 2.3, 11.1, 11.2
 @pytest.mark.parametrize(
     ("name", "shape"), [("llama", "tp2"), ("qwen", "tp2"), ("llama", "pp2"), ("qwen", "pp2"), ("llama", "zero")]
 )
@@ -89,6 +90,7 @@ def test_greedy_tokens_equal_transformers(load: Load, paths, name: str, shape: s
     assert [outcome.outputs["token_ids"] for outcome in found] == greedy_reference(paths[name], prompts(), MAX_TOKENS)
 
 
+# Requirements: 2.2
 def test_embeddings_over_two_processes_equal_transformers(load: Load, paths) -> None:
     """BERT with its heads over two processes: within 1e-4 cosine distance of transformers on each text alone."""
     texts = prompts(60)
@@ -130,6 +132,7 @@ def test_the_worker_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+# Requirements: 2.5
 @pytest.mark.parametrize(
     ("name", "options", "error", "text"),
     [
@@ -248,6 +251,7 @@ def test_the_processes_do_not_outlive_the_worker(paths) -> None:
     eventually(lambda: gone([rank.pid for rank in ranks]), 5, "the end of the ranks")
 
 
+# Requirements: 2.5
 def test_a_rank_killed_while_loading_fails_the_load(paths) -> None:
     """The load ends with the rank's name at once, not after a timeout."""
     failed: list[BaseException] = []

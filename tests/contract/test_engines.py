@@ -114,6 +114,7 @@ def generate(prompt: str, **params: object) -> InferenceRequest:
     )
 
 
+# Requirements: 3.1, 3.2, 6.5
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("size", [1, 8, 64])
@@ -168,6 +169,7 @@ def test_a_running_request_can_be_taken_out(load, paths, engine: str) -> None:
     assert isinstance(outcomes[1], EngineOutput)
 
 
+# Requirements: 3.2
 @pytest.mark.parametrize("engine", ENGINES)
 def test_embeddings_equal_transformers(load, paths, engine: str) -> None:
     """Mean-pooled BERT vectors, batched: within 1e-4 cosine distance of transformers run on each text alone."""
@@ -316,6 +318,7 @@ def test_conversion_is_reused_and_follows_the_weights(load, paths, folder, tmp_p
     assert not list(first.parent.glob(".converting-*"))
 
 
+# Requirements: 3.2, 3.5
 def test_a_conversion_that_deviates_does_not_serve(paths, tmp_path) -> None:
     """Above the tolerance the conversion is refused with both numbers, and nothing of it is kept."""
     settings = Settings.model_validate(
@@ -328,6 +331,7 @@ def test_a_conversion_that_deviates_does_not_serve(paths, tmp_path) -> None:
     assert list((tmp_path / "onnx").iterdir()) == []
 
 
+# Requirements: 3.2
 def test_quantised_conversion_says_what_it_costs(paths, tmp_path) -> None:
     """Dynamic quantisation is validated by its own measure, and the cost is recorded."""
     settings = Settings.model_validate(
@@ -341,6 +345,7 @@ def test_quantised_conversion_says_what_it_costs(paths, tmp_path) -> None:
     assert isinstance(run(model, [generate("abc")], 1)[0], EngineOutput)
 
 
+# Requirements: 3.3
 def test_no_installed_execution_provider(paths, folder) -> None:
     """When none of the configured providers is installed the error names them and what there is."""
     settings = Settings.model_validate(
