@@ -8,7 +8,7 @@ ENGINES_STAMP := $(VENV)/.engines-$(SUM)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-engines demo demo-model up test lint types contracts check docs bench-queue bench-batching bench-engines bench-overload faults soak clean
+.PHONY: help setup setup-engines demo demo-model up test lint types contracts check docs properties bench-queue bench-batching bench-engines bench-overload faults soak clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -57,6 +57,9 @@ check: lint types contracts  ## lint, types and contracts
 
 docs: setup  ## write docs/configuration.md from the settings
 	@$(BIN)/python -m shared.configuration_reference
+
+properties: setup  ## write docs/properties.md: which test shows which property and requirement
+	@$(BIN)/python -m tests.traceability
 
 bench-queue: setup  ## cost of the queue path, against plain Celery and dramatiq
 	@$(BIN)/python -m tests.benchmarks.bench_queue

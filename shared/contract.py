@@ -16,6 +16,8 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from shared.errors import BadRequest
+from shared.features import Feature as Feature
+from shared.features import drop_unasked, features_of
 
 CONTRACT_VERSION = 1
 TASK_NAME = "muai.infer"
@@ -52,13 +54,6 @@ class Kind(StrEnum):
     RERANK = "rerank"
     SUMMARIZE = "summarize"
     TRANSLATE = "translate"
-
-
-class Feature(StrEnum):
-    """What a request may need of an engine beyond its kind: the chain leaves out engines that have it not."""
-
-    LOGPROBS = "logprobs"
-    JSON_SCHEMA = "json_schema"
 
 
 class Priority(StrEnum):
@@ -230,10 +225,13 @@ class InferenceRequest(Value):
     @property
     def features(self) -> frozenset[Feature]:
         """What it needs of an engine beyond its kind."""
-        if self.params.logprobs is None and self.params.json_schema is None:
-            return frozenset()
-        asked = {Feature.LOGPROBS: self.params.logprobs, Feature.JSON_SCHEMA: self.params.json_schema}
-        return frozenset(feature for feature, value in asked.items() if value is not None)
+        return features_of(self)
+
+    def given(self) -> dict[str, Any]:
+        """What a message says of the request: the fields that its maker gave, as JSON has them."""
+        fields = self.model_dump(mode="json", exclude_unset=True)
+        drop_unasked(fields)
+        return fields
 
     def expired(self, now: float | None = None) -> bool:
         """Whether the deadline has passed."""

@@ -1,41 +1,83 @@
-"""The registry: which workers live, and what they serve."""
+"""The registry: which workers live, and what they serve.
+
+A worker of a newer release may announce more than is known here: what is not known is passed over.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from enum import StrEnum
+from typing import Annotated, Any
 
 import orjson
 import redis
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from shared import keys
 from shared.broker import lua
-from shared.contract import EngineName, Feature, Kind, Value
+from shared.contract import EngineName, Feature, Kind
 from shared.limits import Limits
 
 
-class ServedModel(Value):
+class Announced(BaseModel):
+    """Base of what workers announce: immutable, and unknown fields are passed over."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+def _known(names: type[StrEnum]) -> BeforeValidator:
+    """Leave out what is not one of these names."""
+    known = frozenset(map(str, names))
+    return BeforeValidator(lambda values: tuple(value for value in values if value in known))
+
+
+def _of_known_engines(engines: Any) -> Any:
+    known = frozenset(map(str, EngineName))
+    return tuple(info for info in engines if not isinstance(info, dict) or info.get("name") in known)
+
+
+def _where_readable(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    """``None`` for what only a newer release can read: the worker counts all the same."""
+    try:
+        return read(value)
+    except ValidationError:
+        return None
+
+
+class ServedModel(Announced):
     """A model that a worker can run, and the kinds it answers with it.
 
     ``parity`` is what came of holding its answers to the reference; ``notes`` what an operator should know of it.
     """
 
-    kinds: tuple[Kind, ...]
+    kinds: Annotated[tuple[Kind, ...], _known(Kind)]
     loaded: bool = False
     parity: str = ""
     notes: tuple[str, ...] = ()
 
 
-class EngineInfo(Value):
-    """One engine of a worker. ``failed`` names the models that it cannot answer with now, and why."""
+class EngineInfo(Announced):
+    """One engine of a worker. ``failed`` names the models that it cannot answer with now, and why.
+
+    ``quiet_seconds`` is how long ago what it runs has begun or made its last token; ``None`` where nothing runs.
+    """
 
     name: EngineName
-    features: tuple[Feature, ...] = ()
+    features: Annotated[tuple[Feature, ...], _known(Feature)] = ()
     models: dict[str, ServedModel] = {}
     max_batch_size: int = 1
     failed: dict[str, str] = {}
+    quiet_seconds: float | None = None
 
 
-class WorkerInfo(Value):
+class WorkerInfo(Announced):
     """What a worker announces. ``age_ms`` is the time since it last did.
 
     ``limits`` are those that it keeps to now. ``gpus`` are the uuids of the GPUs it has leased, ``gpu_problems`` says
@@ -47,9 +89,9 @@ class WorkerInfo(Value):
     pid: int
     started: float
     queues: tuple[str, ...]
-    engines: tuple[EngineInfo, ...] = ()
+    engines: Annotated[tuple[EngineInfo, ...], BeforeValidator(_of_known_engines)] = ()
     in_flight: int = 0
-    limits: Limits | None = None
+    limits: Annotated[Limits | None, WrapValidator(_where_readable)] = None
     gpus: tuple[str, ...] = ()
     gpu_problems: dict[str, str] = {}
     age_ms: int = 0

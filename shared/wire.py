@@ -19,6 +19,7 @@ import orjson
 from shared import keys
 from shared.contract import CONTRACT_VERSION, TASK_NAME, InferenceRequest, nested_deeper
 from shared.errors import PayloadTooLarge, UndecodableMessage
+from shared.headers import check_headers
 
 HEADER = "muai"
 
@@ -51,21 +52,26 @@ def encode_request(
     reply: str | None = None,
     max_bytes: int | None = None,
     sign: Sign | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> bytes:
     """One request as a message for ``queue``.
 
-    Neither ``argsrepr`` nor ``kwargsrepr`` shows the inputs: those headers end up in events and logs.
-    ``sign`` puts a signature into our own header. Raises :class:`PayloadTooLarge` above ``max_bytes``.
+    Neither ``argsrepr`` nor ``kwargsrepr`` shows the inputs: those headers end up in events and logs. ``headers`` are
+    further ones, which travel with the message. ``sign`` puts a signature into our own header. Raises
+    :class:`PayloadTooLarge` above ``max_bytes``, and :class:`BadRequest` for headers that a message cannot have.
     """
+    if headers:
+        check_headers(headers)
     header: dict[str, Any] = {"v": CONTRACT_VERSION, "sent": sent}
     if reply is not None:
         header["reply"] = reply
-    fields = request.model_dump(mode="json", exclude_unset=True)
+    fields = request.given()
     fields["id"] = request.id  # which its maker may have left to us
     encoded = orjson.dumps([(), {"request": fields}, _EMBED])
     check_size(len(encoded), max_bytes)
     task_id, body = request.id, encoded.decode()
-    headers = {
+    all_headers = {
+        **(headers or {}),
         "lang": "py",
         "task": TASK_NAME,
         "id": task_id,
@@ -88,13 +94,13 @@ def encode_request(
         HEADER: header,
     }
     if sign is not None:
-        headers[HEADER] = sign(headers, body)
+        all_headers[HEADER] = sign(all_headers, body)
     return orjson.dumps(
         {
             "body": body,
             "content-encoding": "utf-8",
             "content-type": "application/json",
-            "headers": headers,
+            "headers": all_headers,
             "properties": {
                 "correlation_id": task_id,
                 "reply_to": "",

@@ -146,7 +146,7 @@ class Fleet:
 
         models.on_event = changed
         kind = BatchRunner if models.engine.slots is None else ContinuousRunner
-        runner = kind(models, report)
+        runner = kind(models, report, lambda: self.observers.listens("tokens_made"))
         self.intakes[name.value] = Intake(name.value, runner, context)
         self._runners.append(runner)
 
@@ -163,6 +163,7 @@ class Fleet:
                 models=runner.models.status(),
                 max_batch_size=runner.models.engine.slots or batch,
                 failed={name: str(error)[:500] for name, error in runner.models.failures().items()},
+                quiet_seconds=runner.progress.quiet_seconds(),
             )
             for runner in self._runners
         )

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from producer.batch.files import Answers, Line, answer, new_run, read_lines, scan
-from producer.client.client import Client, Item
+from producer.client.client import Client
+from producer.client.window import Item
 from shared.contract import InferenceRequest, Kind
 from shared.errors import BadRequest, BrokerUnavailable, FleetError, NoEngineAvailable
 

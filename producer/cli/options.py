@@ -1,4 +1,4 @@
-"""Options that most commands have, and the settings that they stand for."""
+"""What the commands have in common: options, the settings that these stand for, exit statuses."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ RedisUrl = Annotated[str | None, typer.Option("--redis-url", help="The broker; a
 Config = Annotated[
     Path | None, typer.Option("--config", help="The configuration file; also MUAI_CONFIG.", show_default=False)
 ]
+Timeout = Annotated[float | None, typer.Option("--timeout", min=0.001, help="Seconds.", show_default=False)]
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def settings_of(config: Path | None, redis_url: str | None) -> Settings:

@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Self
 
-from producer.client.client import Client, RequestLike
-from producer.client.handle import POLL_SECONDS, Handle
-from producer.client.records import Outcome, RequestStatus
+from producer.client.client import Client
+from producer.client.handle import Handle
+from producer.client.records import POLL_SECONDS, Outcome, RequestStatus
+from producer.client.submission import HeadersOf, RequestLike
 from shared.contract import InferenceResult
 from shared.errors import FleetError
 from shared.registry import WorkerInfo
@@ -55,9 +56,14 @@ class AsyncClient:
     """:class:`~producer.client.client.Client` for asyncio; the arguments and errors are the same."""
 
     def __init__(
-        self, redis_url: str | None = None, settings: Settings | None = None, *, on_outage: OnOutage | None = None
+        self,
+        redis_url: str | None = None,
+        settings: Settings | None = None,
+        *,
+        on_outage: OnOutage | None = None,
+        headers: HeadersOf | None = None,
     ) -> None:
-        self._client = Client(redis_url, settings, on_outage=on_outage)
+        self._client = Client(redis_url, settings, on_outage=on_outage, headers=headers)
 
     async def __aenter__(self) -> Self:
         return self

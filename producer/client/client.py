@@ -4,40 +4,30 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import islice
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from producer.client.dead import DeadLetters
+from producer.client.dead_letters import DeadLetters
+from producer.client.engine_choice import EngineChoice
 from producer.client.handle import Handle
-from producer.client.outage import policy
-from producer.client.records import Outcome, RequestStatus, read, status_of, stored
+from producer.client.outage import outage_policy
+from producer.client.progress import Progress, reporting
+from producer.client.records import Outcome, RequestStatus
 from producer.client.replies import ReplyReader
+from producer.client.results import StoredResults
+from producer.client.spool_file import Spool
+from producer.client.spool_sender import SpoolSender
+from producer.client.submission import HeadersOf, RequestLike, Submission, prepare
 from producer.client.submitter import Submitter
-from shared import keys, wire
-from shared.broker import broker_errors, connect, lua
-from shared.contract import EngineName, InferenceRequest, InferenceResult
-from shared.errors import BrokerUnavailable, Cancelled, FleetError, NoEngineAvailable, Overloaded
-from shared.queues import waiting
-from shared.registry import WorkerInfo, WorkerRegistry
-from shared.routing import choose, park
+from producer.client.window import Item, Window
+from shared.broker import broker_errors, connect
+from shared.contract import InferenceResult
+from shared.errors import BrokerUnavailable, FleetError
+from shared.queues import lengths
+from shared.registry import WorkerInfo
 from shared.settings import OnOutage, Settings
-
-REGISTRY_SECONDS, STALE_SECONDS = 1.0, 3.0
-"""How old the list of live workers may be: past the first it is read again after a submission, while the answer is on
-its way; past the second no engine is chosen by it."""
-
-CHUNK = 64
-"""Requests that :meth:`Client.map` submits at once."""
-
-RequestLike = InferenceRequest | Mapping[str, Any]
-Item = RequestLike | InferenceResult | FleetError
-"""What :meth:`Client.map` takes: a request, or the outcome of one that needs no submitting."""
-Progress = Callable[[int, int | None], None]
-"""Called with how many are done and how many there are, where that is known."""
 
 
 class Client:
@@ -51,10 +41,19 @@ class Client:
             until the request's deadline (for ever, without one). ``"spool"`` keeps the request in the file
             ``fleet.spool_path``, returns its handle at once, and delivers it when the broker is back, after a crash of
             this process too: then by the next client with this spool.
+        headers: called with each request when it is submitted, in the caller's thread and context; returns further
+            headers for its message, such as the trace context ``{"traceparent": ...}``. Names are 1 to 64 of
+            ``a-z 0-9 . _ -`` and neither Celery's nor ours, values printable ASCII, together at most 16 KiB; what
+            breaks these rules raises :class:`~shared.errors.BadRequest`.
     """
 
     def __init__(
-        self, redis_url: str | None = None, settings: Settings | None = None, *, on_outage: OnOutage | None = None
+        self,
+        redis_url: str | None = None,
+        settings: Settings | None = None,
+        *,
+        on_outage: OnOutage | None = None,
+        headers: HeadersOf | None = None,
     ) -> None:
         if settings is None:
             from shared.settings_loader import load_settings
@@ -64,17 +63,14 @@ class Client:
             settings = settings.model_copy(update={"fleet": settings.fleet.model_copy(update={"redis_url": redis_url})})
         self.settings = settings
         self.id = uuid.uuid4().hex
-        self._fleet = settings.fleet
-        self._redis = connect(self._fleet)
-        self._registry = WorkerRegistry(self._redis, self._fleet.silent_after_seconds)
-        self._cancel = self._redis.register_script(lua("shared", "cancel"))
-        self._replies = ReplyReader(self._fleet, self.id)
+        self.on_outage: OnOutage = on_outage or settings.fleet.on_outage
+        self._headers = headers
+        self._redis = connect(settings.fleet)
+        self._replies = ReplyReader(settings.fleet, self.id)
+        self._results = StoredResults(self._redis, settings.fleet, self._replies)
+        self._engines = EngineChoice(self._redis, settings)
         self._submitter = Submitter(self._redis, settings, self._replies.stream)
-        self._workers: list[WorkerInfo] = []
-        self._workers_at = float("-inf")
-        self._choices: dict[tuple[object, ...], EngineName] = {}
-        self.on_outage: OnOutage = on_outage or self._fleet.on_outage
-        self._outages = policy(self.on_outage, self._fleet, self._send, self._replies)
+        self._outages = outage_policy(self.on_outage, settings.fleet, self._send, self._replies.resolve)
 
     def __enter__(self) -> Self:
         return self
@@ -114,11 +110,12 @@ class Client:
         An id is submitted once: again, it gives a handle of the same request, which is not run again.
         """
         deadline = None if timeout is None else time.time() + timeout
-        prepared = [_prepare(request, deadline) for request in requests]
+        submissions = [prepare(request, deadline, self._headers) for request in requests]
+        prepared = [submission.request for submission in submissions]
         ids = [request.id for request in prepared]
         futures = self._replies.expect(ids)
         try:
-            self._outages.submit(prepared)
+            self._outages.submit(submissions)
         except FleetError as error:
             self._replies.forget(ids)
             if isinstance(error, BrokerUnavailable):
@@ -129,16 +126,15 @@ class Client:
             for request, future in zip(prepared, futures, strict=True)
         ]
 
-    def _send(self, requests: Sequence[InferenceRequest]) -> None:
+    def _send(self, submissions: Sequence[Submission]) -> None:
         """Choose an engine for each and push all of them, each id once; one that has its answer gets it."""
-        new = self._submitter.submit([(request, self._choose(request)) for request in requests], time.time())
-        known = [request.id for request, pushed in zip(requests, new, strict=True) if not pushed]
-        if known:
-            with suppress(BrokerUnavailable):  # they are looked up again
-                self._seek(known)
-        if self._older_than(REGISTRY_SECONDS):
-            with suppress(BrokerUnavailable):  # it is read again
-                self.fleet()
+        chosen = [self._engines.engine_for(submission.request) for submission in submissions]
+        new = self._submitter.submit(list(zip(submissions, chosen, strict=True)), time.time())
+        known = [submission.request.id for submission, pushed in zip(submissions, new, strict=True) if not pushed]
+        with suppress(BrokerUnavailable):  # they are looked up again, and the list is read again
+            if known:
+                self._results.watch(known)
+            self._engines.refresh()
 
     def map(
         self,
@@ -161,158 +157,52 @@ class Client:
         """
         if total is None and isinstance(requests, Sequence):
             total = len(requests)
-        report, finish = _progress(progress, total)
-        source = iter(requests)
-        under_way: deque[Handle | Outcome] = deque()
-        done = 0
-        try:
-            while True:
-                if len(under_way) <= window - min(CHUNK, window):
-                    chunk = list(islice(source, min(CHUNK, window)))
-                    under_way.extend(self._submit_chunk(chunk, timeout))
-                    if chunk:
-                        continue
-                if not under_way:
-                    return
-                head = under_way.popleft()
-                patient = self.on_outage != "raise"
-                outcome = head.outcome(through_outages=patient) if isinstance(head, Handle) else head
+        under_way = Window(self.submit_many, window, timeout, patient=self.on_outage != "raise")
+        with reporting(progress, total) as report:
+            for done, outcome in enumerate(under_way.outcomes(requests), start=1):
                 if isinstance(outcome, FleetError) and errors == "raise":
                     raise outcome
-                done += 1
                 report(done, total)
                 yield outcome
-        finally:
-            finish()
 
-    def _submit_chunk(self, chunk: list[Item], timeout: float | None) -> list[Handle | Outcome]:
-        requests = [item for item in chunk if not isinstance(item, InferenceResult | FleetError)]
-        handles = iter(self._submit_each(requests, timeout))
-        return [item if isinstance(item, InferenceResult | FleetError) else next(handles) for item in chunk]
+    def deliver(self, spool: Spool) -> int:
+        """Submit what is in a spool, the oldest first; returns how many requests went.
 
-    def _submit_each(self, chunk: list[RequestLike], timeout: float | None) -> Sequence[Handle | FleetError]:
-        handles: list[Handle | FleetError] = []
-        pieces = deque([chunk] if chunk else [])
-        while pieces:
-            piece = pieces.popleft()
-            try:
-                handles += self.submit_many(piece, timeout=timeout)
-            except BrokerUnavailable as error:
-                handles += [error] * len(piece)
-            except Overloaded as error:
-                # There will be room: results are on their way meanwhile. A smaller piece finds it sooner.
-                time.sleep(error.retry_after)
-                half = (len(piece) + 1) // 2
-                pieces.extendleft(part for part in (piece[half:], piece[:half]) if part)
-            except FleetError as error:
-                if len(piece) == 1:
-                    handles.append(error)
-                else:  # one of them is bad: by themselves they say which
-                    pieces.extendleft([request] for request in reversed(piece))
-        return handles
-
-    def _choose(self, request: InferenceRequest) -> EngineName:
-        if self._older_than(STALE_SECONDS):
-            self.fleet()
-        key = (request.model, request.kind, request.engine_preference, request.features)
-        engine = self._choices.get(key)
-        if engine is not None:
-            return engine
-        try:
-            engine = self._choices[key] = choose(request, self._workers, self.settings)
-        except NoEngineAvailable:
-            if self._older_than(REGISTRY_SECONDS):  # a worker may have come
-                self.fleet()
-                return self._choose(request)
-            engine = park(request, self._workers, self.settings) if request.deadline is not None else None
-            if engine is None:
-                raise
-        return engine
-
-    def _older_than(self, seconds: float) -> bool:
-        """Whether the list of live workers is."""
-        return time.monotonic() - self._workers_at > seconds
+        Raises :class:`~shared.errors.BrokerUnavailable` where the broker is away. What no live worker can serve stays.
+        """
+        return SpoolSender(spool, self._send).deliver()
 
     # -- requests that are under way --------------------------------------------------------------------------------
 
     def handle(self, request_id: str) -> Handle:
         """The handle of a request that was submitted before, by this client or another."""
         (future,) = self._replies.expect([request_id])
-        self._seek([request_id])
+        self._results.watch([request_id])
         return Handle(request_id, future, self)
-
-    def _seek(self, request_ids: Sequence[str]) -> None:
-        with broker_errors(self._fleet, "look up a result"):
-            self._replies.seek(self._redis, request_ids)
 
     def status(self, request_id: str) -> RequestStatus:
         """Where a request is."""
-        with broker_errors(self._fleet, "ask for a status"):
-            record = self._redis.get(keys.result_key(request_id))
-        return RequestStatus.PENDING if record is None else status_of(stored(record))
+        return self._results.status(request_id)
 
     def recover(self, request_id: str) -> Outcome | None:
-        """Look a result up where it is stored; resolves the handle where it is there."""
-        with broker_errors(self._fleet, "look up a result"):
-            record = self._redis.get(keys.result_key(request_id))
-        if record is None:
-            return None
-        outcome = read(stored(record))[1]
-        self._replies.fulfil(record)
-        return outcome
+        """Look up what came of a request, where it is stored; resolves the handle where it is there."""
+        return self._results.outcome(request_id)
 
     def cancel(self, request_id: str) -> bool:
         """Cancel a request: its caller gets :class:`~shared.errors.Cancelled`. ``False`` where it had ended before."""
-        record = wire.failure_meta(request_id, Cancelled(), status="REVOKED")
-        with broker_errors(self._fleet, "cancel"):
-            cancelled = self._cancel(
-                keys=[keys.result_key(request_id), keys.CANCELLED], args=[record, self._fleet.result_expires_seconds]
-            )
-        if cancelled:
-            self._replies.fulfil(record)
-        return bool(cancelled)
+        return self._results.cancel(request_id)
 
     # -- the fleet --------------------------------------------------------------------------------------------------
 
     def fleet(self) -> list[WorkerInfo]:
         """The live workers."""
-        with broker_errors(self._fleet, "list the workers"):
-            self._workers = self._registry.live()
-        self._workers_at = time.monotonic()
-        self._choices.clear()
-        return self._workers
+        return self._engines.live_workers()
 
     def dead_letters(self) -> DeadLetters:
         """The messages that were given up."""
-        return DeadLetters(self._redis, self._fleet)
+        return DeadLetters(self._redis, self.settings.fleet)
 
     def queue_lengths(self) -> dict[str, int]:
         """Messages that wait, by queue; under ``dead`` the dead letters, under ``leased`` those in workers' hands."""
-        with broker_errors(self._fleet, "count the queues"):
-            lengths = waiting(self._redis, [*map(keys.queue_of, EngineName), keys.CONTROL_QUEUE])
-            leased, dead = self._redis.zcard(keys.LEASE_INDEX), self._redis.xlen(keys.DEAD_LETTERS)
-        return {**lengths, "leased": leased, "dead": dead}
-
-
-def _prepare(request: RequestLike, deadline: float | None) -> InferenceRequest:
-    if isinstance(request, InferenceRequest):
-        if deadline is None or request.deadline is not None:
-            return request
-        return request.model_copy(update={"deadline": deadline})
-    if deadline is not None and request.get("deadline") is None:
-        request = {**request, "deadline": deadline}
-    return InferenceRequest.parse(request)
-
-
-def _progress(progress: bool | Progress, total: int | None) -> tuple[Progress, Callable[[], None]]:
-    if callable(progress):
-        return progress, lambda: None
-    if not progress:
-        return lambda *_: None, lambda: None
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    bar = Bar(TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), transient=True)
-    task = bar.add_task("requests", total=total)
-    bar.start()
-    return lambda done, _: bar.update(task, completed=done), bar.stop
+        with broker_errors(self.settings.fleet, "count the queues"):
+            return lengths(self._redis)

@@ -5,20 +5,31 @@ from __future__ import annotations
 import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from producer.client.records import Outcome, RequestStatus
+from producer.client.records import POLL_SECONDS, Outcome, RequestStatus
 from shared.contract import InferenceResult
 from shared.errors import BrokerRefused, BrokerUnavailable, DeadlineExceeded, FleetError
-
-if TYPE_CHECKING:
-    from producer.client.client import Client
-
-POLL_SECONDS = 5.0
-"""How often the stored result is looked up while nothing comes on the reply stream."""
+from shared.registry import WorkerInfo
 
 DEADLINE_GRACE_SECONDS = 5.0
 """How long after a request's deadline a worker may take to say that it has passed."""
+
+
+class RequestClient(Protocol):
+    """What a handle asks of the client that made it."""
+
+    def status(self, request_id: str) -> RequestStatus:
+        """Say where a request is."""
+
+    def recover(self, request_id: str) -> Outcome | None:
+        """Look up what came of a request; ``None`` while it has not ended."""
+
+    def cancel(self, request_id: str) -> bool:
+        """Cancel a request; ``False`` where it had ended before."""
+
+    def fleet(self) -> list[WorkerInfo]:
+        """List the live workers."""
 
 
 class Handle:
@@ -26,7 +37,9 @@ class Handle:
 
     __slots__ = ("_client", "_grace", "deadline", "future", "id")
 
-    def __init__(self, request_id: str, future: Future[Outcome], client: Client, deadline: float | None = None) -> None:
+    def __init__(
+        self, request_id: str, future: Future[Outcome], client: RequestClient, deadline: float | None = None
+    ) -> None:
         self.id = request_id
         self.future = future
         self.deadline = deadline

@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from producer.client.replies import ReplyReader
-from producer.client.spool import Send, Spool, SpoolSender
-from shared.contract import InferenceRequest
+from producer.client.spool_file import Spool
+from producer.client.spool_sender import Answer, Send, SpoolSender
+from producer.client.submission import Submission
 from shared.errors import BrokerRefused, BrokerUnavailable, NoEngineAvailable
 from shared.settings import FleetSettings, OnOutage
 
@@ -29,14 +29,15 @@ class Waiting:
         self._silent_after = silent_after
         self._closed = threading.Event()
 
-    def submit(self, requests: Sequence[InferenceRequest]) -> None:
+    def submit(self, submissions: Sequence[Submission]) -> None:
         """Submit; raises what the last try raised."""
-        last = min((r.deadline for r in requests if r.deadline is not None), default=float("inf"))
+        deadlines = [submission.request.deadline for submission in submissions]
+        last = min((deadline for deadline in deadlines if deadline is not None), default=float("inf"))
         pause, back = PAUSE_FIRST, float("inf")
         away = False
         while True:
             try:
-                self._send(requests)
+                self._send(submissions)
                 return
             except BrokerRefused:
                 raise
@@ -65,14 +66,14 @@ class Raising:
         """Nothing to do."""
 
 
-def policy(
-    on_outage: OnOutage, fleet: FleetSettings, send: Send, replies: ReplyReader
+def outage_policy(
+    on_outage: OnOutage, fleet: FleetSettings, send: Send, answer: Answer
 ) -> Raising | Waiting | SpoolSender:
-    """Submits with ``send`` as ``on_outage`` says."""
+    """The policy that ``on_outage`` names; it submits with ``send`` and tells ``answer`` of what it gives up later."""
     if on_outage == "wait":
         return Waiting(send, fleet.silent_after_seconds)
     if on_outage == "spool":
-        sender = SpoolSender(Spool(Path(fleet.spool_path), fleet.spool_max_bytes), send, replies.answer)
+        sender = SpoolSender(Spool(Path(fleet.spool_path), fleet.spool_max_bytes), send, answer)
         sender.start()
         return sender
     return Raising(send)

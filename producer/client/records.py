@@ -12,6 +12,9 @@ from shared import errors
 from shared.contract import InferenceResult
 from shared.errors import Cancelled, FleetError
 
+POLL_SECONDS = 5.0
+"""How often a request's stored record is looked up while nothing comes on the reply stream."""
+
 _KNOWN = {name: cls for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, FleetError)}
 
 
@@ -33,6 +36,7 @@ _STATUS = {
 }
 
 Outcome = InferenceResult | FleetError
+"""What came of a request, for its caller."""
 
 
 def status_of(record: dict[str, Any]) -> RequestStatus:
@@ -40,8 +44,8 @@ def status_of(record: dict[str, Any]) -> RequestStatus:
     return _STATUS.get(str(record.get("status")), RequestStatus.PENDING)
 
 
-def stored(record: bytes | str) -> dict[str, Any]:
-    """A record; raise :class:`FleetError` for what no worker of this fleet has written."""
+def decode_record(record: bytes | str) -> dict[str, Any]:
+    """Decode a record; raise :class:`FleetError` for what no worker of this fleet has written."""
     try:
         data = orjson.loads(record)
     except orjson.JSONDecodeError:
@@ -51,19 +55,18 @@ def stored(record: bytes | str) -> dict[str, Any]:
     return data
 
 
-def read(data: dict[str, Any]) -> tuple[str, Outcome | None]:
-    """The request's id and how it ended; ``None`` where the record is not a terminal one."""
-    request_id = str(data["task_id"])
-    status = data.get("status")
+def outcome_of(record: dict[str, Any]) -> Outcome | None:
+    """What came of the request that a record tells of; ``None`` where the record is not a terminal one."""
+    status = record.get("status")
     if status == "SUCCESS":
-        return request_id, result_of(data.get("result"))
+        return result_of(record.get("result"))
     if status in ("FAILURE", "REVOKED"):
-        return request_id, error_of(data.get("result"), revoked=status == "REVOKED")
-    return request_id, None
+        return error_of(record.get("result"), revoked=status == "REVOKED")
+    return None
 
 
 def result_of(data: Any) -> Outcome:
-    """A result. One of a newer worker may have fields that are not known here yet."""
+    """The result that a success record holds. One of a newer worker may have fields that are not known here yet."""
     try:
         return InferenceResult.model_validate(data)
     except ValidationError:

@@ -12,8 +12,7 @@ from typing import Any
 
 import redis
 
-from producer.client.handle import POLL_SECONDS
-from producer.client.records import Outcome, read, stored
+from producer.client.records import POLL_SECONDS, Outcome, decode_record, outcome_of
 from shared import keys
 from shared.broker import connect
 from shared.errors import FleetError
@@ -37,7 +36,7 @@ LOOKED_UP = 1024
 
 
 class ReplyReader:
-    """Fulfils the futures of this client's requests."""
+    """Resolves the futures of this client's requests. Safe to use from several threads."""
 
     def __init__(self, fleet: FleetSettings, client_id: str) -> None:
         self._fleet = fleet
@@ -70,38 +69,38 @@ class ReplyReader:
                 self._waiting.pop(request_id, None)
                 self._elsewhere.pop(request_id, None)
 
-    def seek(self, client: redis.Redis, request_ids: Sequence[str]) -> None:
+    def watch(self, client: redis.Redis, request_ids: Sequence[str]) -> None:
         """Look these up now, and from time to time those that have no result yet: another client submitted them."""
         with self._lock:
             self._elsewhere.update((request_id, None) for request_id in request_ids if request_id in self._waiting)
         self._look_up(client, request_ids)
 
-    def fulfil(self, record: bytes | str) -> None:
-        """A record came: resolve its request's future. One that is not terminal, or not waited for, is passed."""
+    def resolve_record(self, record: bytes | str) -> None:
+        """Resolve the future of the request that a record tells of, where the record is a terminal one."""
         try:
-            request_id, outcome = read(stored(record))
+            decoded = decode_record(record)
         except FleetError:
             logger.error("a record on the reply stream cannot be read; its request is looked up where it is stored")
             return
-        if outcome is not None:
-            self.answer(request_id, outcome)
+        if (outcome := outcome_of(decoded)) is not None:
+            self.resolve(decoded["task_id"], outcome)
 
-    def found(self, request_id: str, record: bytes | str) -> None:
-        """A record was found under a request's id."""
-        try:
-            outcome = read(stored(record))[1]
-        except FleetError as error:
-            outcome = error
-        if outcome is not None:
-            self.answer(request_id, outcome)
-
-    def answer(self, request_id: str, outcome: Outcome) -> None:
+    def resolve(self, request_id: str, outcome: Outcome) -> None:
         """Resolve a request's future, where it is waited for."""
         with self._lock:
             future = self._waiting.pop(request_id, None)
             self._elsewhere.pop(request_id, None)
         if future is not None:
             future.set_result(outcome)
+
+    def _resolve_stored(self, request_id: str, record: bytes | str) -> None:
+        """Resolve a request's future with what is stored under its id, an error where that is no record."""
+        try:
+            outcome = outcome_of(decode_record(record))
+        except FleetError as error:
+            outcome = error
+        if outcome is not None:
+            self.resolve(request_id, outcome)
 
     def close(self) -> None:
         """Stop the thread and give the stream's memory back."""
@@ -142,7 +141,7 @@ class ReplyReader:
             records: Any = client.mget([keys.result_key(request_id) for request_id in piece])
             for request_id, record in zip(piece, records, strict=True):
                 if record is not None:
-                    self.found(request_id, record)
+                    self._resolve_stored(request_id, record)
 
     def _run(self) -> None:
         client = connect(self._fleet, socket_timeout=BLOCK_MS / 1000 + self._fleet.socket_timeout_seconds)
@@ -160,7 +159,7 @@ class ReplyReader:
                 entries = replies[0][1]
                 for entry_id, fields in entries:
                     if b"m" in fields:
-                        self.fulfil(fields[b"m"])
+                        self.resolve_record(fields[b"m"])
                     last = entry_id
                     bytes_read += sum(map(len, fields.values()))
                 entries_read += len(entries)

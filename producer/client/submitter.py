@@ -8,9 +8,10 @@ from typing import Any
 
 import redis
 
+from producer.client.submission import Submission
 from shared import keys, wire
 from shared.broker import broker_errors, lua
-from shared.contract import DEFAULT_TENANT, EngineName, InferenceRequest
+from shared.contract import DEFAULT_TENANT, EngineName
 from shared.errors import QueueFull, QuotaExceeded
 from shared.settings import Settings, TenantSettings
 from shared.signing import Signer
@@ -46,7 +47,7 @@ class Submitter:
         self._sign = signer.sign if signer else None
         self._script = client.register_script(lua("shared", "submit"))
 
-    def submit(self, requests: Sequence[tuple[InferenceRequest, EngineName]], sent: float) -> list[bool]:
+    def submit(self, submissions: Sequence[tuple[Submission, EngineName]], sent: float) -> list[bool]:
         """Push all of them or none; ``False`` for one whose id is under way or has its answer.
 
         Raises :class:`~shared.errors.QueueFull` and :class:`~shared.errors.QuotaExceeded`, which say when to try again,
@@ -54,7 +55,8 @@ class Submitter:
         """
         groups: dict[str, _Group] = {}
         everything: list[_Group] = []
-        for place, (request, engine) in enumerate(requests):
+        for place, (submission, engine) in enumerate(submissions):
+            request = submission.request
             queue = keys.queue_of(engine)
             name = keys.list_of(queue, request.priority.wire, request.tenant)
             group = groups.get(name)
@@ -64,7 +66,7 @@ class Submitter:
             group.places.append(place)
             group.arguments += (request.id, wire.encode_request(
                 request, queue, sent=sent, reply=self._reply, max_bytes=self._fleet.max_payload_bytes,
-                sign=self._sign,
+                sign=self._sign, headers=submission.headers,
             ))  # fmt: skip
         if not everything:
             return []
@@ -76,8 +78,8 @@ class Submitter:
         with broker_errors(fleet, "submit"):
             answer: Any = self._script(keys=[keys.UNDER_WAY], args=args)
         if answer[0] != b"ok":
-            raise self._refusal(answer, len(requests))
-        pushed = [False] * len(requests)
+            raise self._refusal(answer, len(submissions))
+        pushed = [False] * len(submissions)
         places = (place for group in everything for place in group.places)
         for place, flag in zip(places, answer[1:], strict=True):
             pushed[place] = flag == 1

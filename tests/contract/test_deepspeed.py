@@ -21,6 +21,7 @@ from shared.errors import ConfigurationError, EngineDied, EngineError, EngineLoa
 from shared.settings import ModelSpec, Settings
 from tests.conftest import ROOT, eventually
 from tests.contract.test_engines import DECODERS, MAX_TOKENS, generate, prompts, run
+from tests.contract.told import check_cancelled, check_tokens
 from tests.tiny_models import greedy_reference, make_bert, mean_vectors
 from workers.engines.base import EngineOutput
 from workers.engines.deepspeed.engine import DeepSpeedEngine, DeepSpeedModel
@@ -78,6 +79,7 @@ def long_request(tokens: int = 200) -> InferenceRequest:
     return generate("abc", max_tokens=tokens, ignore_eos=True)
 
 
+# Requirements: 2.1, 2.2, 2.3, 11.1, 11.2
 @pytest.mark.parametrize(
     ("name", "shape"), [("llama", "tp2"), ("qwen", "tp2"), ("llama", "pp2"), ("qwen", "pp2"), ("llama", "zero")]
 )
@@ -88,6 +90,7 @@ def test_greedy_tokens_equal_transformers(load: Load, paths, name: str, shape: s
     assert [outcome.outputs["token_ids"] for outcome in found] == greedy_reference(paths[name], prompts(), MAX_TOKENS)
 
 
+# Requirements: 2.2
 def test_embeddings_over_two_processes_equal_transformers(load: Load, paths) -> None:
     """BERT with its heads over two processes: within 1e-4 cosine distance of transformers on each text alone."""
     texts = prompts(60)
@@ -112,6 +115,15 @@ def test_sampling_over_stages_is_that_of_one_process(load: Load) -> None:
     assert [outcome.outputs["token_ids"] for outcome in staged] == [outcome.outputs["token_ids"] for outcome in whole]
 
 
+@pytest.mark.parametrize("shape", ["tp2", "pp2"])
+def test_tokens_are_told_as_they_are_made(load: Load, shape: str) -> None:
+    """Over several processes too; a pipeline gathers those of its micro-batches."""
+    model = load("llama", shape)
+
+    check_tokens(model)
+    check_cancelled(model)
+
+
 def test_the_worker_does_not_import_torch() -> None:
     """What runs in the worker leaves torch and DeepSpeed to the model's processes."""
     code = (
@@ -120,6 +132,7 @@ def test_the_worker_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+# Requirements: 2.5
 @pytest.mark.parametrize(
     ("name", "options", "error", "text"),
     [
@@ -238,6 +251,7 @@ def test_the_processes_do_not_outlive_the_worker(paths) -> None:
     eventually(lambda: gone([rank.pid for rank in ranks]), 5, "the end of the ranks")
 
 
+# Requirements: 2.5
 def test_a_rank_killed_while_loading_fails_the_load(paths) -> None:
     """The load ends with the rank's name at once, not after a timeout."""
     failed: list[BaseException] = []

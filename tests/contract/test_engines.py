@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from demo.setup import embedder_path
 from demo.work import QUERIES, SENTENCES
-from shared.contract import InferenceRequest
+from shared.contract import InferenceRequest, Kind
 from shared.errors import BadRequest, Cancelled, ContextTooLong, EngineLoadError, FleetError, UnsupportedKind
 from shared.settings import ModelSpec, Settings
+from tests.contract.told import check_broken_listener, check_cancelled, check_progress, check_tokens
 from tests.tiny_models import CONTEXT, greedy_reference, make_bert, make_gpt2, make_llama, make_qwen, mean_vectors
 from workers.engines import engine_class
 from workers.engines.base import EngineOutput, LoadedModel
@@ -113,6 +114,7 @@ def generate(prompt: str, **params: object) -> InferenceRequest:
     )
 
 
+# Requirements: 3.1, 3.2, 6.5
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("size", [1, 8, 64])
@@ -167,6 +169,7 @@ def test_a_running_request_can_be_taken_out(load, paths, engine: str) -> None:
     assert isinstance(outcomes[1], EngineOutput)
 
 
+# Requirements: 3.2
 @pytest.mark.parametrize("engine", ENGINES)
 def test_embeddings_equal_transformers(load, paths, engine: str) -> None:
     """Mean-pooled BERT vectors, batched: within 1e-4 cosine distance of transformers run on each text alone."""
@@ -315,6 +318,7 @@ def test_conversion_is_reused_and_follows_the_weights(load, paths, folder, tmp_p
     assert not list(first.parent.glob(".converting-*"))
 
 
+# Requirements: 3.2, 3.5
 def test_a_conversion_that_deviates_does_not_serve(paths, tmp_path) -> None:
     """Above the tolerance the conversion is refused with both numbers, and nothing of it is kept."""
     settings = Settings.model_validate(
@@ -327,6 +331,7 @@ def test_a_conversion_that_deviates_does_not_serve(paths, tmp_path) -> None:
     assert list((tmp_path / "onnx").iterdir()) == []
 
 
+# Requirements: 3.2
 def test_quantised_conversion_says_what_it_costs(paths, tmp_path) -> None:
     """Dynamic quantisation is validated by its own measure, and the cost is recorded."""
     settings = Settings.model_validate(
@@ -340,6 +345,7 @@ def test_quantised_conversion_says_what_it_costs(paths, tmp_path) -> None:
     assert isinstance(run(model, [generate("abc")], 1)[0], EngineOutput)
 
 
+# Requirements: 3.3
 def test_no_installed_execution_provider(paths, folder) -> None:
     """When none of the configured providers is installed the error names them and what there is."""
     settings = Settings.model_validate(
@@ -368,3 +374,14 @@ def test_a_model_without_a_chat_template(paths, tmp_path) -> None:
 
     assert isinstance(outcome, BadRequest)
     assert "kind=generate" in str(outcome)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_tokens_are_told_as_they_are_made(load, paths, engine: str) -> None:
+    """What a listener hears is what is answered, as it is made; one that fails harms nobody."""
+    model = load(engine, "llama", paths["llama"])
+
+    check_tokens(model)
+    check_cancelled(model)
+    check_broken_listener(model)
+    check_progress(load(engine, "bert", paths["bert"], kinds=["embed"]), Kind.EMBED)

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.contract import InferenceRequest
+from shared.contract import InferenceRequest, Kind
 from shared.errors import ContextTooLong, EngineLoadError, UnsupportedKind
 from shared.settings import ModelSpec, Settings
 from tests.contract.test_engines import ENGINES, folder, load, one_thread, prompts, run  # noqa: F401  # fixtures
+from tests.contract.told import check_progress, check_texts
 from tests.tiny_models import (
     CONTEXT,
     PREFIX,
@@ -254,3 +255,10 @@ def test_what_quantising_costs_is_kept_and_said(path, tmp_path, caplog) -> None:
     assert 0 <= cost["agreement"] <= 1
     assert "quantised: differences of outputs: largest" in caplog.text
     assert isinstance(run(model, [ask("embed", ["abc", "a longer one"])], 1)[0], EngineOutput)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_listener_hears_of_rewriting_and_scoring(load, path, engine: str) -> None:  # noqa: F811
+    """The tokens of each text under its own index; a long classification makes progress without tokens."""
+    check_texts(load(engine, "t5", path("t5"), kinds=["summarize", "translate"]))
+    check_progress(load(engine, "three", path("three"), kinds=["classify"]), Kind.CLASSIFY)

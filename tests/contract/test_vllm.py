@@ -23,6 +23,7 @@ from shared.errors import Cancelled, ContextTooLong, EngineDied, EngineLoadError
 from shared.settings import ModelSpec, Settings
 from tests.conftest import ROOT, eventually
 from tests.contract.test_engines import DECODERS, MAX_TOKENS, generate, prompts, run
+from tests.contract.told import check_broken_listener, check_cancelled, check_progress, check_tokens
 from tests.tiny_models import CONTEXT, greedy_reference, mean_vectors
 from workers.engines.base import EngineOutput
 
@@ -61,6 +62,7 @@ def llama(folder: Path) -> Iterator[VLLMModel]:
     model.close()
 
 
+# Requirements: 1.1, 1.2
 def test_greedy_tokens_equal_transformers(llama, folder) -> None:
     """200 prompts of mixed length, all at once: the tokens transformers.generate gives each alone."""
     found = run(llama, [generate(prompt) for prompt in prompts()], 200)
@@ -88,6 +90,7 @@ def test_embeddings_of_real_weights(folder) -> None:
     model = start(embedder_path(), kinds=["embed"])
     try:
         (found,) = run(model, [embed(texts)], 1)
+        check_progress(model, Kind.EMBED)
     finally:
         model.close()
 
@@ -137,6 +140,7 @@ def test_what_a_request_may_ask_for(llama) -> None:
     assert isinstance(urgent, EngineOutput)
 
 
+# Requirements: 1.3, 7.1
 def test_equal_beginnings_are_read_once(llama) -> None:
     """A prompt that was seen before is found in the prefix cache, and the answer says so."""
     prompt = "the same long beginning of many requests " * 4
@@ -164,6 +168,7 @@ def test_a_tenants_prompts_are_found_by_nobody_else(llama) -> None:
     assert cached() >= 32
 
 
+# Requirements: 1.2
 def test_a_request_can_be_taken_out(llama) -> None:
     """Abort ends a running request as cancelled, and the others go on."""
     outcomes: dict[str, object] = {}
@@ -184,6 +189,14 @@ def test_a_request_can_be_taken_out(llama) -> None:
     assert isinstance(outcomes["kept"], EngineOutput)
 
 
+def test_tokens_are_told_as_they_are_made(llama) -> None:
+    """What a listener hears is what is answered, step by step; one that fails harms nobody."""
+    check_tokens(llama)
+    check_cancelled(llama)
+    check_broken_listener(llama)
+
+
+# Requirements: 15.1
 def test_what_cannot_be_loaded_says_so(folder) -> None:
     """An argument that vLLM does not have is named with the nearest; so is a kind that it does not serve."""
     with pytest.raises(EngineLoadError, match="did you mean max_num_seqs"):
@@ -192,6 +205,7 @@ def test_what_cannot_be_loaded_says_so(folder) -> None:
         start(folder / "llama", kinds=[Kind.CLASSIFY])
 
 
+# Requirements: 1.5, 11.1
 def test_tensor_parallel_and_a_killed_core(folder) -> None:
     """Two processes that share the layers give the same tokens.
 

@@ -72,6 +72,7 @@ def out_of_service(fleet: FleetUnderTest, engine: str) -> dict[str, str]:
     return found
 
 
+# Requirements: 1.6, 2.5, 15.1, 15.2
 @pytest.mark.parametrize(
     ("engine", "process"),
     [
@@ -119,6 +120,7 @@ def test_a_killed_engine_process(make_fleet, llama, reference, engine: str, proc
     assert again.engine_used == engine
 
 
+# Requirements: 3.5, 15.3
 def test_a_conversion_that_fails(make_fleet, llama, reference) -> None:
     """Where the model cannot be converted, the engine says so in the registry and its requests go on."""
     base = configuration(llama, "onnx")
@@ -146,6 +148,7 @@ def without_onnxruntime(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": str(tmp_path)}
 
 
+# Requirements: 3.4, 13.2
 def test_a_library_that_is_gone(make_fleet, llama, reference, without_onnxruntime) -> None:
     """The worker serves its other engine, and tells in the registry how to install what is missing."""
     fleet = make_fleet(configuration(llama, "onnx"))

@@ -1,1 +1,1 @@
-"""How a request ends: one place decides what is written, who is told and who is answered."""
+"""How a request ends: one place decides what is written, told and answered (``docs/life-of-a-request.md``)."""

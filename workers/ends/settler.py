@@ -1,7 +1,8 @@
 """One way to end: for every way in which a request ends, who is told, what is written and who is answered, in order.
 
 The rest of its canvas is told first (what is published twice has the same id, what is not published is lost), then the
-lease ends together with everything that is written, and then, where that stands, the observers are told.
+lease ends together with everything that is written, and then, where that stands, the observers are told. What each end
+comes to is in one table in ``docs/life-of-a-request.md``.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """The engine contract: small, and without a word about queues, Redis or batching.
 
-An :class:`Engine` loads models; a :class:`LoadedModel` answers batches. One contract suite (``tests/contract``) runs
-over every engine.
+An :class:`Engine` loads models; a :class:`LoadedModel` answers batches and tells a listener of the tokens as it makes
+them. One contract suite (``tests/contract``) runs over every engine.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
@@ -15,6 +16,8 @@ from typing import Any, ClassVar, Protocol
 from shared.contract import EngineName, Feature, InferenceRequest, Kind, Usage
 from shared.errors import FleetError
 from shared.settings import ModelSpec, Settings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,9 @@ class Availability:
 @dataclass(frozen=True, slots=True)
 class EngineOutput:
     """What an engine says of one request. Times are in milliseconds.
+
+    ``prefill_ms`` goes from when the engine took the request to its first token, or, where it writes none, to its
+    answer; ``decode_ms`` from the first token to the answer.
 
     ``outputs`` is what the caller sees: ``{"text", "token_ids", "finish_reason"}`` for generate and chat (chat also
     ``message``), ``{"embeddings": [[float]], "dimensions": int}`` for embed, ``{"labels": [str], "scores": [[float]],
@@ -52,6 +58,31 @@ class Emit(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class NewTokens:
+    """What a running request has gained since it was last told of.
+
+    Not frozen, though nobody changes it: one is made for each row of each step, and a frozen one takes three times as
+    long to make.
+    """
+
+    request_id: str
+    token_ids: Sequence[int]
+    """Empty where the engine shows none and has made progress."""
+    index: int = 0
+    """Which of its texts, where a request has several that are rewritten."""
+
+
+OnTokens = Callable[[Sequence[NewTokens]], None]
+"""Takes what a step of the engine has made, for all requests of the step together, on any thread. Must not block.
+
+For a request that is answered, what it is given, one after the other, is the answer's ``token_ids``, all of it before
+the answer: with the tokens of a stop string, which is cut from the text only, and without the end token unless
+``ignore_eos`` keeps it. A request that is not answered (it failed, it was cancelled, its batch is run again) may have
+been told of: whoever runs it again is told from its first token on. After it has ended nothing is told of a request.
+"""
+
+
 class LoadedModel(ABC):
     """A model that is in memory and answers batches. Used by one thread at a time."""
 
@@ -67,6 +98,25 @@ class LoadedModel(ABC):
 
     on_death: Callable[[FleetError], None] | None = None
     """Called, on any thread, as soon as it is known that a process of the model's own has died."""
+
+    on_tokens: OnTokens | None = None
+    """Called, on any thread, with what a step has made. ``None``: nobody listens, and it costs nothing."""
+
+    @property
+    def telling(self) -> OnTokens | None:
+        """:meth:`tell`, where somebody listens."""
+        return None if self.on_tokens is None else self.tell
+
+    def tell(self, made: Sequence[NewTokens]) -> None:
+        """Call the listener. One that raises is dropped, with a line in the log: the batch goes on without it."""
+        listener = self.on_tokens
+        if listener is None:
+            return
+        try:
+            listener(made)
+        except Exception:  # whatever a listener raises is its own fault, and no request's
+            self.on_tokens = None
+            logger.exception("%s: what listens to its tokens failed and is told no more", self.spec.name)
 
     @property
     def alive(self) -> bool:

@@ -4,6 +4,8 @@ The answer is a function of the request alone. A prompt that begins with one of 
 ``!bad`` is refused as the caller's error, ``!fail`` fails as the engine's, ``!crash`` raises for the whole batch,
 ``!quote`` too, with the prompt in its text;
 ``!busy`` meets a busy engine every time, ``!busy once`` the first time.
+
+It shows no tokens. A listener is told that all members make progress, ``CHUNKS`` times on the way to their answers.
 """
 
 from __future__ import annotations
@@ -11,14 +13,16 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from shared.contract import EngineName, InferenceRequest, Kind, Usage
 from shared.errors import BadRequest, EngineBusy, EngineError
 from shared.settings import FakeSettings, ModelSpec, Settings
-from workers.engines.base import Availability, Emit, Engine, EngineOutput, LoadedModel
+from workers.engines.base import Availability, Emit, Engine, EngineOutput, LoadedModel, NewTokens
 
 DIMENSIONS = 8
 LABELS = ("even", "odd")
+CHUNKS = 4
 
 
 class FakeModel(LoadedModel):
@@ -32,9 +36,7 @@ class FakeModel(LoadedModel):
 
     def infer(self, requests: Sequence[InferenceRequest], emit: Emit) -> None:
         """Answer every member; see the module for the words that misbehave."""
-        delay = self._settings.latency_ms + self._settings.per_item_ms * len(requests)
-        if delay:
-            time.sleep(delay / 1000)
+        waited = self._wait(requests)
         for request in requests:
             text = _text(request)
             if text.startswith("!crash"):
@@ -45,7 +47,23 @@ class FakeModel(LoadedModel):
             if self._busy(request):
                 emit(index, EngineBusy("the fake engine was told to be busy"))
             else:
-                emit(index, answer(request))
+                outcome = answer(request)
+                if isinstance(outcome, EngineOutput) and waited:
+                    outcome = replace(outcome, prefill_ms=waited / CHUNKS, decode_ms=waited - waited / CHUNKS)
+                emit(index, outcome)
+
+    def _wait(self, requests: Sequence[InferenceRequest]) -> float:
+        """Let the configured time pass, which is returned in ms, and tell of it on the way; at least once."""
+        delay = self._settings.latency_ms + self._settings.per_item_ms * len(requests)
+        tell = self.telling
+        made = [] if tell is None else [NewTokens(request.id, ()) for request in requests]
+        started = time.perf_counter()
+        for chunk in range(1, CHUNKS + 1) if delay else (CHUNKS,):
+            if delay:
+                time.sleep(max(0.0, started + delay * chunk / CHUNKS / 1000 - time.perf_counter()))
+            if tell is not None:
+                tell(made)
+        return delay
 
     def _busy(self, request: InferenceRequest) -> bool:
         prompt = request.inputs.prompt or ""

@@ -1,1 +1,1 @@
-"""Where the fleet hooks into Celery and kombu."""
+"""Where the fleet hooks into Celery and kombu, and what it relies upon there (:mod:`workers.hooks.internals`)."""

@@ -13,6 +13,7 @@ from celery.exceptions import WorkerShutdown
 from shared.contract import TASK_NAME, EngineName
 from shared.errors import BadRequest, ConfigurationError, FleetError
 from workers.fleet import Fleet
+from workers.hooks import internals
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ class EngineStep(bootsteps.StartStopStep):
 
     def start(self, worker: Any) -> None:
         """Serve the queues of the command line."""
+        if (warning := internals.unchecked(internals.Recorded.read(internals.KEPT))) is not None:
+            logger.warning("%s", warning)
         try:
             if not worker.use_eventloop:
                 raise ConfigurationError(

@@ -15,6 +15,11 @@ class Dispatcher(EventDispatcher):
         """Send an event, or buffer it."""
         return super().send(type, *args, retry=False, **fields)
 
+    def buffered(self, group: str) -> list[dict[str, Any]]:
+        """The events of a group that the next :meth:`flush` publishes together. What is appended to it is sent then."""
+        events: list[dict[str, Any]] = self._group_buffer[group]
+        return events
+
 
 class FleetEvents(Events):
     """``app.events`` with this dispatcher."""

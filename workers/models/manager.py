@@ -15,7 +15,7 @@ from shared.errors import BadRequest, EngineDied, EngineLoadError, FleetError, U
 from shared.limits import Limits, LimitsInForce
 from shared.registry import ServedModel
 from shared.settings import ModelSpec, Settings
-from workers.engines.base import Engine, LoadedModel
+from workers.engines.base import Engine, LoadedModel, OnTokens
 from workers.models.breaker import CircuitBreaker, State
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class ModelManager:
         self._parity: dict[str, str] = {}
         self._breakers = {name: CircuitBreaker(self._limits.now.breaker) for name in self._catalog}
         self._lock = threading.Lock()
+        self._on_tokens: OnTokens | None = None
         self.on_change: Callable[[], None] = lambda: None
         self.on_event: Callable[[ModelEvent], None] = lambda event: None
 
@@ -81,6 +82,17 @@ class ModelManager:
     def find(self, name: str) -> LoadedModel | None:
         """The model, where it is loaded."""
         return self._loaded.get(name)
+
+    @property
+    def on_tokens(self) -> OnTokens | None:
+        """What listens to the tokens of every model; see :attr:`LoadedModel.on_tokens`. May be set at any time."""
+        return self._on_tokens
+
+    @on_tokens.setter
+    def on_tokens(self, listener: OnTokens | None) -> None:
+        self._on_tokens = listener
+        for model in list(self._loaded.values()):
+            model.on_tokens = listener
 
     def unload(self, name: str, reason: str) -> bool:
         """Let a model go; ``False`` where it is not loaded."""
@@ -211,6 +223,7 @@ class ModelManager:
             raise failure from error
         self._loaded[spec.name] = model
         model.on_death = partial(self.failed, spec.name)
+        model.on_tokens = self._on_tokens
         self._record(ModelEvent(spec.name, "load", time.perf_counter() - started))
         return model
 

@@ -74,7 +74,7 @@ class CeleryEvents(Observer):
         self._flush_due = False
         if dispatcher is not None:
             dispatcher.serializer = SERIALIZER
-            self._waiting = dispatcher._group_buffer[GROUP]
+            self._waiting = dispatcher.buffered(GROUP)
             self._common = {"hostname": dispatcher.hostname, "pid": dispatcher.pid, "utcoffset": utcoffset()}
 
     def flush(self) -> None:

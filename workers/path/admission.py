@@ -1,4 +1,7 @@
-"""From a claimed message to a request that waits: it is read, checked, and sent where it can be answered."""
+"""From a claimed message to a request that waits: it is read, checked, and sent where it can be answered.
+
+The whole way is in ``docs/life-of-a-request.md``.
+"""
 
 from __future__ import annotations
 

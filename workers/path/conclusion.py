@@ -1,4 +1,7 @@
-"""What becomes of a request that the engine has reported on: its answer, another try, another engine, or its error."""
+"""What becomes of a request that the engine has reported on: its answer, another try, another engine, or its error.
+
+The whole way is in ``docs/life-of-a-request.md``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""From waiting to running: when the engine has room, what is due starts; what need not wait here goes back."""
+"""From waiting to running: when the engine has room, what is due starts; what need not wait here goes back.
+
+The whole way is in ``docs/life-of-a-request.md``.
+"""
 
 from __future__ import annotations
 

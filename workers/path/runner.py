@@ -22,6 +22,7 @@ from workers.engines.base import ContinuousModel, EngineOutput
 from workers.engines.common.quotes import discreet, told, traceback_of
 from workers.models.manager import ModelManager
 from workers.path.batcher import Batch
+from workers.path.progress import Made, Progress
 from workers.requests.inflight import InFlight
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class BatchDone:
 class TokensMade:
     """So many more tokens were made of each of these requests, in one step of the engine."""
 
-    made: Sequence[tuple[InFlight, int]]
+    made: Made
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +70,21 @@ Report = Callable[[Event], None]
 
 
 class EngineRunner(ABC):
-    """The thread of an engine. ``report`` is called on it, or on a thread of the engine, and must not block."""
+    """The thread of an engine. ``report`` is called on it, or on a thread of the engine, and must not block.
 
-    def __init__(self, models: ModelManager, report: Report) -> None:
+    Tokens are reported where somebody ``listens`` to them.
+    """
+
+    def __init__(self, models: ModelManager, report: Report, listens: Callable[[], bool] = lambda: False) -> None:
         self.models = models
+        self.progress = Progress(lambda made: report(TokensMade(made)), listens)
         self._report = report
         self._inbox: queue.SimpleQueue[Batch[InFlight] | _Signal] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"engine-{models.engine.name}", daemon=True)
         self._preload: Sequence[str] = ()
         self.loaded = threading.Event()
         models.on_change = self._changed
+        models.on_tokens = self.progress.tell
 
     @property
     def slots(self) -> int:
@@ -164,7 +170,9 @@ class BatchRunner(EngineRunner):
 
     def _accept(self, batch: Batch[InFlight]) -> None:
         started = time.perf_counter()
+        self.progress.begin(batch.items)
         self._attempt(_model_of(batch.items[0]), batch.items, len(batch.items))
+        self.progress.end(batch.items)
         self._report(BatchDone(batch, time.perf_counter() - started))
 
     def _attempt(self, name: str, items: Sequence[InFlight], batch_size: int) -> None:
@@ -204,8 +212,8 @@ class BatchRunner(EngineRunner):
 class ContinuousRunner(EngineRunner):
     """Hands requests, each a batch of its own, to an engine that batches by itself."""
 
-    def __init__(self, models: ModelManager, report: Report) -> None:
-        super().__init__(models, report)
+    def __init__(self, models: ModelManager, report: Report, listens: Callable[[], bool] = lambda: False) -> None:
+        super().__init__(models, report, listens)
         self._running: set[InFlight] = set()
 
     def _accept(self, batch: Batch[InFlight]) -> None:
@@ -213,9 +221,11 @@ class ContinuousRunner(EngineRunner):
         item, request = batch.items[0], batch.items[0].request
         self._running.add(item)
         size = len(self._running)
+        self.progress.begin(batch.items)
 
         def done(outcome: Result) -> None:
             self._running.discard(item)
+            self.progress.end(batch.items)
             self._finish(item, _discreet(outcome, item), size, started)
             self._report(BatchDone(batch, time.perf_counter() - started))
 

@@ -1,4 +1,6 @@
-"""How a request can end, as values. What follows from each is decided in :mod:`workers.ends`."""
+"""How a request can end, as values. What follows from each is decided in :mod:`workers.ends`, and is in one table in
+``docs/life-of-a-request.md``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The requests in an engine's hands, each in one state. The only place where a state changes."""
+"""The requests in an engine's hands, each in one state. The only place where a state changes.
+
+Who moves a request from which state to which: ``docs/life-of-a-request.md``.
+"""
 
 from __future__ import annotations
 

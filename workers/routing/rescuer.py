@@ -1,4 +1,7 @@
-"""What waits on a queue that no live worker serves moves on to the next engine that can serve it, or fails."""
+"""What waits on a queue that no live worker serves moves on to the next engine that can serve it, or fails.
+
+Where this stands in a request's way: ``docs/life-of-a-request.md``.
+"""
 
 from __future__ import annotations
 

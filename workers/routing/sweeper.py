@@ -1,4 +1,7 @@
-"""Takes over what dead workers left behind: counts the delivery, then back to its queue or to the dead letters."""
+"""Takes over what dead workers left behind: counts the delivery, then back to its queue or to the dead letters.
+
+Where this stands in a request's way: ``docs/life-of-a-request.md``.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from producer.cli.doctor_broker import check_gpu_leases
+from producer.doctor.broker import check_gpu_leases
 from shared.contract import EngineName
 from shared.findings import Grade
 from shared.gpus import GpuBoard, GpuHolder, GpuLease, GpuMark

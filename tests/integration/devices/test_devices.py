@@ -120,6 +120,7 @@ def test_waiting_ends_when_the_check_raises(make) -> None:
         make(wait_seconds=60).acquire([EngineName.PYTORCH], check=check)
 
 
+# Requirements: 11.4
 def test_repeated_cuda_errors_end_the_worker_and_mark_the_gpu(make) -> None:
     """Members of one batch share an error, which counts once; the third error is a failure."""
     devices = make()

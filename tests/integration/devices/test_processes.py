@@ -163,6 +163,7 @@ def overlaps(holders: list[Holder]) -> tuple[int, list[tuple[Held, Held]]]:
     return count, found
 
 
+# Requirements: 11.3
 @pytest.mark.timeout(120)
 def test_processes_that_are_stopped_killed_and_frozen_never_share_a_gpu(machine, start, redis_client) -> None:
     """Two tensor-parallel pairs and three singles on four GPUs, tens of starts, and every holding compared."""
@@ -229,6 +230,7 @@ def test_a_frozen_holder_loses_its_gpu_and_learns_so(machine, start) -> None:
     assert overlaps([frozen, other])[1] == []
 
 
+# Requirements: 11.4
 def test_a_broken_gpu_is_marked_and_the_next_worker_takes_another(machine, start, redis_client) -> None:
     """A GPU is lost while it is held: the holder ends with status 1, and nobody leases that GPU again."""
     standin: StandIn = machine(2)

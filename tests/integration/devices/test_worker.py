@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from producer.cli.doctor_broker import check_gpu_leases
+from producer.doctor.broker import check_gpu_leases
 from shared.findings import Grade
 from shared.gpus import read_gpus
 from tests.conftest import ROOT, FleetUnderTest, eventually

@@ -58,6 +58,7 @@ def reference(models: Path) -> dict[str, list[list[int]]]:
     return {name: greedy_reference(models / name, prompts(), MAX_TOKENS) for name in ("llama", "qwen")}
 
 
+# Requirements: 3.1, 6.6
 @pytest.mark.parametrize("batching", [True, False], ids=["batched", "unbatched"])
 def test_two_hundred_prompts_equal_transformers_on_both_engines(make_fleet, models, reference, batching: bool) -> None:
     """Greedy tokens through the fleet, two architectures, are those of transformers.generate of each prompt alone."""
@@ -101,6 +102,7 @@ def test_embeddings_through_the_fleet_equal_transformers(make_fleet, models: Pat
         assert (1 - cosine).max() < 1e-4
 
 
+# Requirements: 3.5, 15.3
 def test_a_failed_conversion_lets_pytorch_serve(make_fleet, models: Path, tmp_path: Path) -> None:
     """When ONNX's conversion does not validate, the request goes on to PyTorch, with the reason in its history."""
     config = configuration(models, onnx={"validation_tolerance": 1e-12})
@@ -125,6 +127,7 @@ def test_a_failed_conversion_lets_pytorch_serve(make_fleet, models: Path, tmp_pa
     assert "deviates from the original" in fleet.log(onnx)
 
 
+# Requirements: 1.6
 def test_when_every_engine_fails_the_caller_gets_the_history(make_fleet, models: Path, tmp_path: Path) -> None:
     """No engine left: one error that says what each of them said."""
     broken = tmp_path / "broken"
@@ -140,6 +143,7 @@ def test_when_every_engine_fails_the_caller_gets_the_history(make_fleet, models:
         fleet.client.submit(model="broken", inputs={"prompt": "abc"}).result(60)
 
 
+# Requirements: 13.3
 def test_fallback_can_be_switched_off(make_fleet, models: Path, tmp_path: Path) -> None:
     """With fallback_on_error off the first engine's error is the caller's."""
     config = configuration(models, onnx={"validation_tolerance": 1e-12}, fallback_on_error=False)

@@ -40,6 +40,7 @@ def resident_mb(pid: int) -> float:
     return psutil.Process(pid).memory_info().rss / 2**20
 
 
+# Requirements: 8.2
 @pytest.mark.timeout(170)
 def test_twenty_thousand_requests_over_four_workers(make_fleet, redis_client: redis.Redis) -> None:
     """Every request gets its one right answer, memory stays flat, and nothing is left in the broker."""
@@ -186,6 +187,7 @@ def test_a_stopped_idle_worker_loses_nothing(make_fleet) -> None:
     assert [handle.result(20).text for handle in handles] == [str(n) for n in range(6)]
 
 
+# Requirements: 8.5
 def test_sigterm_finishes_what_runs_and_gives_the_rest_back(make_fleet) -> None:
     """A worker told to stop ends its batch, returns what waits at once, exits 0, and no request fails."""
     fleet = make_fleet(optimization={"fake": {"latency_ms": 500}, "batcher": {"max_batch_size": 8}})

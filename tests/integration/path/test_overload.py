@@ -14,6 +14,7 @@ from tests.conftest import eventually
 from tests.integration.client.test_submitting import ECHO
 
 
+# Requirements: 8.3
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(make_fleet) -> None:
     """Past the capacity a submit is refused whole; the wait it is told fits the rate at which the queue empties."""
     fleet = make_fleet(

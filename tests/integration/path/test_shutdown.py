@@ -57,6 +57,7 @@ def untouched(fleet: FleetUnderTest, client: redis.Redis, count: int) -> None:
     assert not any(b"deliveries" in message for message in client.lrange("fake", 0, -1))
 
 
+# Requirements: 8.5
 def test_sigterm_finishes_what_runs_and_leaves_the_rest(make_fleet, redis_client: redis.Redis) -> None:
     """The running batch is answered, what waits stays in the queue, and the next worker answers that."""
     fleet = make_fleet(optimization={"fake": {"latency_ms": 800}, "batcher": {"max_batch_size": 2}})
@@ -191,6 +192,7 @@ def test_a_broker_that_comes_back_within_the_grace_gets_the_outcomes(make_fleet,
     assert handle.result(5).text == "olleh"
 
 
+# Requirements: 8.5
 @pytest.mark.timeout(120)
 def test_a_rolling_restart_under_load_loses_and_fails_nothing(make_fleet, redis_client: redis.Redis) -> None:
     """Each worker is replaced while requests flow: all are answered, each once, and no delivery counts."""

@@ -10,6 +10,7 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from producer.client.submission import Submission
 from producer.client.submitter import Submitter
 from shared import keys
 from shared.contract import EngineName, InferenceRequest, Priority
@@ -42,7 +43,7 @@ class Queue:
             for _ in range(count)
         ]
         self.where.update({request.id: (tenant, priority) for request in requests})
-        return self.submitter.submit([(request, QUEUE) for request in requests], 0.0)
+        return self.submitter.submit([(Submission(request), QUEUE) for request in requests], 0.0)
 
     def claim(self, limit: int) -> list[tuple[str, str, Priority]]:
         """Leases, with the tenant and priority of their requests."""

@@ -136,7 +136,7 @@ def value_at(settings: Settings, option: Option) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-# Feature: advanced-optimization-monitoring, Property 54: YAML configuration is parsed correctly
+# Feature: advanced-optimization-monitoring, Property 54: what a file says is what is set
 @EXAMPLES
 @given(chosen(valid))
 def test_what_a_file_says_is_what_is_set(assignments):
@@ -146,7 +146,7 @@ def test_what_a_file_says_is_what_is_set(assignments):
     assert [value_at(settings, option) for option, _ in assignments] == [value for _, value in assignments]
 
 
-# Feature: advanced-optimization-monitoring, Property 55: Environment variables override configuration
+# Feature: advanced-optimization-monitoring, Property 55: the environment wins over the file
 @EXAMPLES
 @given(chosen(valid), st.data())
 def test_the_environment_wins(assignments, data):
@@ -163,7 +163,7 @@ def test_the_environment_wins(assignments, data):
     assert [value_at(settings, option) for option, _ in assignments] == expected
 
 
-# Feature: advanced-optimization-monitoring, Property 56: Invalid configuration is rejected with clear errors
+# Feature: advanced-optimization-monitoring, Property 56: what is wrong is refused by name
 @EXAMPLES
 @given(chosen(valid), st.data())
 def test_an_invalid_value_is_refused_by_name(assignments, data):
@@ -181,7 +181,7 @@ def test_an_invalid_value_is_refused_by_name(assignments, data):
     assert "allowed: " in line
 
 
-# Feature: advanced-optimization-monitoring, Property 56: Invalid configuration is rejected with clear errors
+# Feature: advanced-optimization-monitoring, Property 56: what is wrong is refused by name
 @EXAMPLES
 @given(st.sampled_from(INDEPENDENT), st.text("abcdefgh_", min_size=1, max_size=12), st.booleans())
 def test_an_unknown_name_is_refused(option, name, in_file):
@@ -203,7 +203,7 @@ def test_an_unknown_name_is_refused(option, name, in_file):
     assert "no such key" in line or "no such variable" in line
 
 
-# Feature: advanced-optimization-monitoring, Property 57: Default values are used for missing configuration
+# Feature: advanced-optimization-monitoring, Property 57: what is left out has its default
 @EXAMPLES
 @given(chosen(valid))
 def test_what_is_not_set_has_its_default(assignments):

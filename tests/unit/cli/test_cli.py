@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from producer.batch.run import AnswerFile, Summary
-from producer.cli import doctor, doctor_broker
 from producer.cli import main as cli
+from producer.doctor import broker, machine
+from producer.doctor.examine import examine
 from shared.contract import EngineName, Kind
 from shared.errors import BadRequest, ConfigurationError
 from shared.findings import Grade
@@ -145,27 +146,27 @@ def test_the_doctor_fails_without_a_broker(muai):
 
 def test_an_old_python_is_a_failure():
     """The oldest version that works is 3.11."""
-    assert doctor.check_python((3, 10, 14)).grade is Grade.FAIL
-    assert doctor.check_python((3, 11, 0)).grade is Grade.OK
+    assert machine.check_python((3, 10, 14)).grade is Grade.FAIL
+    assert machine.check_python((3, 11, 0)).grade is Grade.OK
 
 
 def test_packages_that_exclude_each_other_are_failures():
     """Two builds of one import package, and the exporter of another project, are found by their distributions."""
     versions = {"onnxruntime": "1.31", "onnxruntime-gpu": "1.31", "celery-exporter": "1.5.1"}
 
-    findings = list(doctor.check_conflicts(versions.get))
+    findings = list(machine.check_conflicts(versions.get))
 
     assert [finding.grade for finding in findings] == [Grade.FAIL, Grade.FAIL]
     assert "onnxruntime-gpu are both installed" in findings[0].detail
     assert findings[1].remedy.startswith("pip uninstall -y celery-exporter")
-    assert list(doctor.check_conflicts({"onnxruntime": "1.31"}.get)) == []
+    assert list(machine.check_conflicts({"onnxruntime": "1.31"}.get)) == []
 
 
 def test_an_engine_that_is_switched_off_needs_nothing():
     """Only what the configuration wants is asked for."""
     settings = Settings.model_validate({"optimization": {"vllm": {"enabled": False}}})
 
-    found = {finding.subject: finding for finding in doctor.check_engines(settings, {}.get)}
+    found = {finding.subject: finding for finding in machine.check_engines(settings, {}.get)}
 
     assert found["engine vllm"].detail == "switched off in the configuration"
 
@@ -182,26 +183,26 @@ def test_models_are_looked_for(tmp_path):
         "fake": ModelSpec(path="nowhere", engines=(EngineName.FAKE,)),
     }
 
-    findings = list(doctor.check_models(Settings(models=ModelsSettings(catalog=specs))))
+    findings = list(machine.check_models(Settings(models=ModelsSettings(catalog=specs))))
 
     assert [finding.grade for finding in findings] == [Grade.OK, Grade.FAIL, Grade.FAIL, Grade.OK]
-    assert [finding.grade for finding in doctor.check_models(Settings())] == [Grade.WARN]
+    assert [finding.grade for finding in machine.check_models(Settings())] == [Grade.WARN]
 
 
 def test_a_model_on_a_hub_needs_the_hub(monkeypatch):
     """Offline, a hub id is a warning."""
     settings = Settings(models=ModelsSettings(catalog={"m": ModelSpec(path="org/model")}))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    online = [finding.grade for finding in doctor.check_models(settings)]
+    online = [finding.grade for finding in machine.check_models(settings)]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     assert online == [Grade.OK]
-    assert [finding.grade for finding in doctor.check_models(settings)] == [Grade.WARN]
+    assert [finding.grade for finding in machine.check_models(settings)] == [Grade.WARN]
 
 
 def test_the_disk_is_judged_where_models_will_be(tmp_path):
     """A folder that is not there yet is judged by the one it will be made in."""
-    finding = doctor.check_disk(tmp_path / "not" / "yet")
+    finding = machine.check_disk(tmp_path / "not" / "yet")
 
     assert str(tmp_path) in finding.detail
 
@@ -216,7 +217,7 @@ def test_the_disk_is_judged_where_models_will_be(tmp_path):
 )
 def test_old_brokers_are_refused(info, grade):
     """The scripts need commands of Redis 6.2."""
-    assert doctor_broker.check_version(info, "redis://h").grade is grade
+    assert broker.check_version(info, "redis://h").grade is grade
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,7 @@ def test_old_brokers_are_refused(info, grade):
 )
 def test_a_broker_that_drops_requests_is_a_failure(info, grade):
     """Eviction with a limit loses requests; without a limit it only might one day."""
-    finding = doctor_broker.check_eviction(info)
+    finding = broker.check_eviction(info)
 
     assert finding.grade is grade
     assert (finding.remedy == "") == (grade is Grade.OK)
@@ -246,7 +247,7 @@ def test_a_broker_that_drops_requests_is_a_failure(info, grade):
 )
 def test_persistence_is_judged(info, grade):
     """Without an append-only file what waits is lost with the broker; one that cannot be written is worse."""
-    assert doctor_broker.check_persistence(info).grade is grade
+    assert broker.check_persistence(info).grade is grade
 
 
 def test_workers_are_compared_with_the_catalogue():
@@ -257,8 +258,8 @@ def test_workers_are_compared_with_the_catalogue():
     )
     worker = WorkerInfo(id="w", host="h", pid=1, started=0.0, queues=("fake",), engines=(engine,))
 
-    nobody = doctor_broker.check_workers([], settings)
-    partly = doctor_broker.check_workers([worker], settings)
+    nobody = broker.check_workers([], settings)
+    partly = broker.check_workers([worker], settings)
 
     assert (nobody.grade, nobody.remedy) == (Grade.WARN, "celery -A workers worker -Q pytorch")
     assert partly.grade is Grade.WARN
@@ -267,7 +268,7 @@ def test_workers_are_compared_with_the_catalogue():
 
 def test_the_doctor_survives_what_it_examines():
     """With settings that could not be loaded the other checks still come out."""
-    findings = list(doctor.examine(ConfigurationError("a: wrong\nb: wrong")))
+    findings = list(examine(ConfigurationError("a: wrong\nb: wrong")))
 
     assert [finding.detail for finding in findings if finding.subject == "configuration"] == ["a: wrong", "b: wrong"]
 

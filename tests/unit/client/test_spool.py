@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from producer.client.outage import Waiting
-from producer.client.spool import Spool, SpoolSender
+from producer.client.spool_file import Spool
+from producer.client.spool_sender import SpoolSender
+from producer.client.submission import Submission
 from shared.contract import InferenceRequest
 from shared.errors import (
     BadRequest,
@@ -29,8 +31,8 @@ from shared.errors import (
 from tests.conftest import ROOT, eventually
 
 
-def request(name: str, prompt: str = "hello", **fields: object) -> InferenceRequest:
-    return InferenceRequest.parse({"id": name, "model": "echo", "inputs": {"prompt": prompt}, **fields})
+def request(name: str, prompt: str = "hello", **fields: object) -> Submission:
+    return Submission(InferenceRequest.parse({"id": name, "model": "echo", "inputs": {"prompt": prompt}, **fields}))
 
 
 @pytest.fixture
@@ -55,8 +57,9 @@ class Broker:
         self.tries = 0
         self._errors = list(errors)
 
-    def send(self, requests: Sequence[InferenceRequest]) -> None:
+    def send(self, submissions: Sequence[Submission]) -> None:
         self.tries += 1
+        requests = [submission.request for submission in submissions]
         error = self._errors.pop(0) if self._errors else None
         if error is not None:
             raise error
@@ -77,7 +80,7 @@ def test_requests_come_out_as_they_went_in(make_spool) -> None:
     spool.add([request("a", "again"), request("c")])
 
     assert [entry.id for entry in spool] == ["a", "b", "c"]
-    assert spool.oldest(1)[0].request() == first
+    assert spool.oldest(1)[0].submission() == first
     assert "ä" not in str(spool.oldest(1)[0].summary())
     assert stat.S_IMODE(spool.path.stat().st_mode) == 0o600
 
@@ -99,11 +102,13 @@ def test_a_killed_process_leaves_its_requests_to_the_next(tmp_path: Path) -> Non
     """What was accepted is there after SIGKILL."""
     path = tmp_path / "spool.db"
     script = (
-        "import os, sys, pathlib\nfrom producer.client.spool import Spool\n"
+        "import os, sys, pathlib\nfrom producer.client.spool_file import Spool\n"
+        "from producer.client.submission import Submission\n"
         "from shared.contract import InferenceRequest\n"
         "spool = Spool(pathlib.Path(sys.argv[1]), 10**6)\n"
         "for n in range(3):\n"
-        "    spool.add([InferenceRequest.parse({'id': str(n), 'model': 'm', 'inputs': {'prompt': 'p'}})])\n"
+        "    request = {'id': str(n), 'model': 'm', 'inputs': {'prompt': 'p'}}\n"
+        "    spool.add([Submission(InferenceRequest.parse(request))])\n"
         f"os.kill(os.getpid(), {signal.SIGKILL:d})\n"
     )
 

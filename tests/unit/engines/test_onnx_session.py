@@ -34,6 +34,7 @@ def test_every_provider_has_its_options(tmp_path: Path) -> None:
     assert provider_options(CPU, configured, SPEC) == {}
 
 
+# Requirements: 3.3
 def test_a_provider_that_does_not_start_is_passed_over(tmp_path, monkeypatch, caplog) -> None:
     """The next one runs the model, and a line says which was passed over and why."""
     asked: list[list[str]] = []

@@ -12,6 +12,7 @@ from workers.models.breaker import CircuitBreaker, State
 SETTINGS = BreakerSettings(failures=3, rest_seconds=10, longest_rest_seconds=35)
 
 
+# Requirements: 1.6
 def test_failures_in_a_row_open_it_and_each_rest_is_longer() -> None:
     """Three failures open it for 10 s; on probation one is enough, and the next rests take 20 s and at most 35 s."""
     breaker = CircuitBreaker(SETTINGS)

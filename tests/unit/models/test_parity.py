@@ -52,6 +52,7 @@ class Parrot(LoadedModel):
             emit(index, EngineOutput({"token_ids": self._tokens}))
 
 
+# Requirements: 3.2
 def test_an_engine_that_disagrees_is_refused(tmp_path: Path, redis_client: redis.Redis) -> None:
     """PyTorch's answers are the reference, also for workers elsewhere; one that says other things must not serve."""
     model = tmp_path / "model"

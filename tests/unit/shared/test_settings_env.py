@@ -51,6 +51,7 @@ def value_at(settings: Settings, key: str) -> object:
     return value
 
 
+# Requirements: 14.2
 @pytest.mark.parametrize("variable", GUIDE)
 def test_the_guides_variables_work(variable):
     """Each variable of the original guide sets the option it is documented for."""

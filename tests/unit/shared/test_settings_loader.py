@@ -136,6 +136,7 @@ def test_a_catalogue_in_the_environment_replaces_the_files(write, tmp_path):
 # --- what is wrong ------------------------------------------------------------------------------------------------
 
 
+# Requirements: 14.3
 def test_every_problem_is_reported_at_once(write):
     """Problems of the file and of the environment are one error, a line each."""
     path = write("optimization:\n  vllm:\n    dtype: fp8\nfleet:\n  lease_seconds: 0\n")
@@ -152,6 +153,7 @@ def test_every_problem_is_reported_at_once(write):
     assert lines[3] == f"{path}, line 5: fleet.lease_seconds: 0 is not allowed; allowed: a number, above 0"
 
 
+# Requirements: 14.3
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -238,6 +240,7 @@ def test_secrets_are_never_shown(write, text, environ):
 # --- the files in the repository ----------------------------------------------------------------------------------
 
 
+# Requirements: 14.1, 14.4
 @pytest.mark.parametrize(
     "path",
     [
@@ -256,6 +259,7 @@ def test_the_files_in_config_load(path, tmp_path, monkeypatch):
     assert all(Path(spec.path).is_absolute() for spec in settings.models.catalog.values())
 
 
+# Requirements: 14.4
 @pytest.mark.parametrize("name", ["high-throughput", "low-latency", "cpu-only", "development"])
 def test_every_scenario_has_a_file(name):
     """The scenarios that are documented exist and differ from the defaults."""
@@ -264,6 +268,7 @@ def test_every_scenario_has_a_file(name):
     assert settings.optimization.batcher != Settings().optimization.batcher
 
 
+# Requirements: 14.6
 def test_the_example_is_the_defaults():
     """The example file shows every option with its default."""
     assert load_settings(REPOSITORY / "config" / "optimization.example.yaml", {}) == Settings()

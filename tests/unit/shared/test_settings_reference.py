@@ -10,6 +10,7 @@ from shared.settings_schema import options
 REPOSITORY = Path(__file__).parents[3]
 
 
+# Requirements: 14.6
 def test_the_reference_is_current():
     """``docs/configuration.md`` is what the settings say; python -m shared.configuration_reference writes it."""
     text = (REPOSITORY / reference.DOCUMENT).read_text(encoding="utf-8")
@@ -22,6 +23,7 @@ def test_the_example_is_current():
     assert (REPOSITORY / reference.EXAMPLE).read_text(encoding="utf-8") == reference.example()
 
 
+# Requirements: 14.6
 def test_every_option_is_described():
     """No option is without a description, and each row of the reference names its variables."""
     tables = reference.tables()

@@ -1,7 +1,7 @@
 """The decode loop: one for every engine that can prefill a batch and take a step.
 
-All rows write their next token at the same place. A request is reported as soon as its last row is finished; finished
-rows leave the batch when a fair share of it is done.
+All rows write their next token at the same place. What a step has made is told once for all of them; then those that it
+finished are answered, a request with its last row. Finished rows leave the batch when a fair share of it is done.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from shared.contract import InferenceRequest, Kind, Usage
 from shared.errors import Cancelled, EngineError, FleetError
-from workers.engines.base import Emit, EngineOutput
+from workers.engines.base import Emit, EngineOutput, NewTokens, OnTokens
 from workers.engines.common.lengths import pad_right
 from workers.engines.common.roles import REWRITING
 from workers.engines.common.sampling import Logits, Sampler, Tokens, choose, log_probabilities
@@ -48,15 +48,17 @@ class Decoding(ABC):
 class _Row:
     """One prompt in the batch."""
 
-    def __init__(self, member: _Member, prompt: list[int], room: int | None) -> None:
+    def __init__(self, member: _Member, index: int, prompt: list[int], room: int | None) -> None:
         self.member = member
+        self.index = index
         self.prompt = prompt
         params = member.request.params
         self.most = params.max_tokens if room is None else min(params.max_tokens, room)
         self.sampler = Sampler(params)
         self.tokens: list[int] = []
         self.logprobs: list[dict[str, object]] = []
-        self.text = ""
+        self.text: str | None = None
+        """The answer where a stop string cuts it; otherwise all tokens are its text."""
         self.reason = ""
         self.open = True
 
@@ -70,7 +72,9 @@ class _Member:
         # A decoder's prompt takes room from the answer. What an encoder reads does not; a forced first token does.
         taken = [1 if request.kind in REWRITING else len(prompt) for prompt in prompts]
         rooms = [None if limit is None else limit - used for used in taken]
-        self.rows = [_Row(self, prompt, room) for prompt, room in zip(prompts, rooms, strict=True)]
+        self.rows = [
+            _Row(self, place, prompt, room) for place, (prompt, room) in enumerate(zip(prompts, rooms, strict=True))
+        ]
 
     def outputs(self) -> dict[str, object]:
         """The answer, once every row is finished."""
@@ -104,6 +108,7 @@ def generate(
     eos: frozenset[int],
     pad: int,
     emit: Emit,
+    tell: OnTokens | None = None,
     unwanted: Container[str] = (),
 ) -> None:
     """Answer requests whose answers are written together; see :meth:`workers.engines.base.LoadedModel.infer`.
@@ -111,6 +116,7 @@ def generate(
     Requests whose ids come to be in ``unwanted`` meanwhile end as cancelled at the next token. Each row has a sampler
     of its own: a text is answered as if it were the only one of its request.
     """
+    started = time.perf_counter()
     rows: list[_Row] = []
     for index, request in enumerate(requests):
         try:
@@ -120,7 +126,7 @@ def generate(
             continue
         rows.extend(_Member(index, request, prompts, codec.max_context).rows)
     if rows:
-        _Loop(rows, codec, decoding, eos, pad, emit, unwanted).run()
+        _Loop(rows, codec, decoding, eos, pad, emit, tell, unwanted, started).run()
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tokens, Tokens]:
@@ -143,7 +149,7 @@ def positions(mask: Tokens) -> NDArray[np.int64]:
 class _Loop:
     def __init__(
         self, rows: list[_Row], codec: TextCodec, decoding: Decoding, eos: frozenset[int], pad: int, emit: Emit,
-        unwanted: Container[str],
+        tell: OnTokens | None, unwanted: Container[str], started: float,
     ) -> None:  # fmt: skip
         self._rows = rows
         self._codec = codec
@@ -151,21 +157,18 @@ class _Loop:
         self._eos = eos
         self._pad = pad
         self._emit = emit
+        self._tell = tell
         self._unwanted = unwanted
-        self._prefill_ms = 0.0
-        self._decode_from = 0.0
+        self._started = started
+        self._first_token_at = 0.0
 
     def run(self) -> None:
-        started = time.perf_counter()
         padded = pad_left if self._decoding.padding == "left" else pad_right
         logits = self._decoding.prefill(*padded([row.prompt for row in self._rows], self._pad))
-        self._decode_from = time.perf_counter()
-        self._prefill_ms = (self._decode_from - started) * 1000
         while True:
             chosen, sound = choose(logits, [row.sampler for row in self._rows])
-            for place, (row, token, is_sound) in enumerate(zip(self._rows, chosen, sound, strict=True)):
-                if row.open:
-                    self._take(row, token, is_sound, logits, place)
+            self._first_token_at = self._first_token_at or time.perf_counter()
+            self._advance(chosen, sound, logits)
             still_open = [place for place, row in enumerate(self._rows) if row.open]
             if not still_open:
                 return
@@ -175,30 +178,46 @@ class _Loop:
                 self._rows = [self._rows[place] for place in still_open]
             logits = self._decoding.step(np.array(chosen, dtype=np.int64))
 
-    def _take(self, row: _Row, token: int, sound: bool, logits: Logits, place: int) -> None:
+    def _advance(self, chosen: Sequence[int], sound: Sequence[bool], logits: Logits) -> None:
+        """Give each open row its token, tell of them, and answer for the rows that end with them."""
+        grown: list[_Row] = []
+        for place, (row, token, is_sound) in enumerate(zip(self._rows, chosen, sound, strict=True)):
+            if row.open and self._take(row, token, is_sound, logits, place):
+                grown.append(row)
+        if self._tell is not None:
+            made = [NewTokens(row.member.request.id, row.tokens[-1:], row.index) for row in grown if row.open]
+            if made:
+                self._tell(made)
+        for row in self._rows:
+            if row.open and row.reason:
+                self._finish(row)
+
+    def _take(self, row: _Row, token: int, sound: bool, logits: Logits, place: int) -> bool:
+        """Whether the row has one token more; where it ends, its ``reason`` says so."""
         request = row.member.request
         params = request.params
         if not sound or request.id in self._unwanted:
             for one in row.member.rows:
                 one.open = False
             self._emit(row.member.index, Cancelled() if sound else EngineError("the model's scores are not finite"))
-            return
+            return False
         if token in self._eos and not params.ignore_eos:
-            self._finish(row, "stop", None)
-            return
+            row.reason = "stop"
+            return False
         row.tokens.append(token)
         if params.logprobs is not None:
             row.logprobs.append(log_probabilities(logits.row(place), token, params.logprobs))
-        text = self._codec.stopped(row.tokens, params.stop)
-        if text is not None:
-            self._finish(row, "stop", text)
+        row.text = self._codec.stopped(row.tokens, params.stop)
+        if row.text is not None:
+            row.reason = "stop"
         elif len(row.tokens) >= row.most:
-            self._finish(row, "length", None)
+            row.reason = "length"
+        return True
 
-    def _finish(self, row: _Row, reason: str, text: str | None) -> None:
+    def _finish(self, row: _Row) -> None:
         row.open = False
-        row.reason = reason
-        row.text = self._codec.decode(row.tokens) if text is None else text
+        if row.text is None:
+            row.text = self._codec.decode(row.tokens)
         member = row.member
         if any(one.open for one in member.rows):
             return
@@ -207,7 +226,7 @@ class _Loop:
             EngineOutput(
                 member.outputs(),
                 member.usage(),
-                prefill_ms=self._prefill_ms,
-                decode_ms=(time.perf_counter() - self._decode_from) * 1000,
+                prefill_ms=(self._first_token_at - self._started) * 1000,
+                decode_ms=(time.perf_counter() - self._first_token_at) * 1000,
             ),
         )

@@ -10,7 +10,7 @@ import numpy as np
 from shared.contract import InferenceRequest, Usage
 from shared.errors import EngineError
 from shared.settings import ModelSpec
-from workers.engines.base import Emit, EngineOutput
+from workers.engines.base import Emit, EngineOutput, OnTokens
 from workers.engines.common.lengths import Floats, Padded, run_together
 from workers.engines.common.sampling import Tokens
 from workers.engines.common.text import TextCodec
@@ -34,15 +34,16 @@ def pool(vectors: Floats, mask: Tokens, spec: ModelSpec) -> Floats:
 
 
 def embed(
-    requests: Sequence[InferenceRequest], codec: TextCodec, spec: ModelSpec, pad: int, encode: Encode, emit: Emit
-) -> None:
+    requests: Sequence[InferenceRequest], codec: TextCodec, spec: ModelSpec, pad: int, encode: Encode, emit: Emit,
+    tell: OnTokens | None = None,
+) -> None:  # fmt: skip
     """Answer embed requests together."""
     started = time.perf_counter()
 
     def forward(texts: Padded) -> Floats:
         return pool(encode(texts), texts.mask, spec)
 
-    for member in run_together(requests, codec.encode_texts, pad, forward, emit):
+    for member in run_together(requests, codec.encode_texts, pad, forward, emit, tell):
         if not np.isfinite(member.vectors).all():
             emit(member.index, EngineError("the embedding is not finite"))
             continue

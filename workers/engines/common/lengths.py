@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from shared.contract import InferenceRequest
 from shared.errors import FleetError
-from workers.engines.base import Emit
+from workers.engines.base import Emit, NewTokens, OnTokens
 from workers.engines.common.sampling import Tokens
 
 TEXTS_AT_ONCE = 64
@@ -72,13 +72,16 @@ def run_together(
     pad: int,
     forward: Forward,
     emit: Emit,
+    tell: OnTokens | None = None,
 ) -> Iterator[Member]:
     """Run the pieces of all requests, sorted by length so that little padding is computed; then each request's vectors.
 
-    A request that ``encode`` refuses is emitted with its error and takes no part.
+    A request that ``encode`` refuses is emitted with its error and takes no part. Where there is more than can be run
+    at once, ``tell`` hears of each part but the last, whose answers follow, which requests had pieces in it.
     """
     taken: dict[int, slice] = {}
     pieces: list[Piece] = []
+    owners: list[int] = []
     for index, request in enumerate(requests):
         try:
             own = encode(request)
@@ -87,6 +90,7 @@ def run_together(
             continue
         taken[index] = slice(len(pieces), len(pieces) + len(own))
         pieces.extend(own)
+        owners.extend([index] * len(own))
     found: list[Floats] = [np.empty(0, dtype=np.float32)] * len(pieces)
     order = sorted(range(len(pieces)), key=lambda place: len(pieces[place].ids))
     for first in range(0, len(order), TEXTS_AT_ONCE):
@@ -94,6 +98,8 @@ def run_together(
         vectors = forward(padded([pieces[place] for place in places], pad))
         for place, vector in zip(places, vectors, strict=True):
             found[place] = vector
+        if tell is not None and first + TEXTS_AT_ONCE < len(order):
+            tell([NewTokens(requests[index].id, ()) for index in sorted({owners[place] for place in places})])
     for index, mine in taken.items():
         tokens = sum(len(piece.ids) for piece in pieces[mine])
         yield Member(index, requests[index], np.stack(found[mine]), tokens)

@@ -12,7 +12,7 @@ import numpy as np
 from shared.contract import InferenceRequest, Kind, Usage
 from shared.errors import EngineError, EngineLoadError
 from shared.settings import ModelSpec
-from workers.engines.base import Emit, EngineOutput
+from workers.engines.base import Emit, EngineOutput, OnTokens
 from workers.engines.common.lengths import Floats, Padded, run_together
 from workers.engines.common.text import TextCodec
 
@@ -70,13 +70,14 @@ class Labels:
 
 
 def score(
-    requests: Sequence[InferenceRequest], codec: TextCodec, labels: Labels, pad: int, forward: Score, emit: Emit
-) -> None:
+    requests: Sequence[InferenceRequest], codec: TextCodec, labels: Labels, pad: int, forward: Score, emit: Emit,
+    tell: OnTokens | None = None,
+) -> None:  # fmt: skip
     """Answer classify requests, or rerank requests, together."""
     started = time.perf_counter()
     rerank = requests[0].kind is Kind.RERANK
     encode, answer = (codec.encode_pairs, labels.reranked) if rerank else (codec.encode_texts, labels.classified)
-    for member in run_together(requests, encode, pad, forward, emit):
+    for member in run_together(requests, encode, pad, forward, emit, tell):
         if not np.isfinite(member.vectors).all():
             emit(member.index, EngineError("the model's scores are not finite"))
             continue

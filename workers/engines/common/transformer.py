@@ -56,11 +56,12 @@ class TransformerModel(LoadedModel):
                 for index in range(len(requests)):
                     emit(index, UnsupportedKind(f"model {self.spec.name!r} does not serve {kind} requests"))
             elif kind in WRITING:
-                generate(requests, self.codec, self.decoding(), self.eos, self.pad, emit, self.unwanted)
+                decoding = self.decoding()
+                generate(requests, self.codec, decoding, self.eos, self.pad, emit, self.telling, self.unwanted)
             elif self.labels is not None:
-                score(requests, self.codec, self.labels, self.pad, self.classify, emit)
+                score(requests, self.codec, self.labels, self.pad, self.classify, emit, self.telling)
             else:
-                embed(requests, self.codec, self.spec, self.pad, self.encode, emit)
+                embed(requests, self.codec, self.spec, self.pad, self.encode, emit, self.telling)
 
     def abort(self, request_id: str) -> None:
         """End a request of the running batch at the next token."""

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from shared.contract import EngineName, Feature, InferenceRequest, Kind, explain
 from shared.errors import ConfigurationError, EngineDied, EngineLoadError, EngineOutOfMemory
 from shared.settings import DeepSpeedSettings, ModelSpec, Settings
-from workers.engines.base import Availability, Emit, Engine, LoadedModel
+from workers.engines.base import Availability, Emit, Engine, LoadedModel, NewTokens
 from workers.engines.common.text import first_line, require_path
 from workers.engines.deepspeed.group import RankGroup
 from workers.engines.deepspeed.wire import error_from_json, output_from_json
@@ -65,6 +65,10 @@ class DeepSpeedModel(LoadedModel):
         """
         self._run({"op": "infer", "requests": [request.model_dump(mode="json") for request in requests]}, emit)
 
+    def abort(self, request_id: str) -> None:
+        """End a request of the running batch at the next token."""
+        self.group.notify({"op": "abort", "id": request_id})
+
     def warmup(self) -> None:
         """Run two tokens once: kernels, connections and lazy modules are then in place."""
         self._run({"op": "warmup"}, None)
@@ -84,7 +88,7 @@ class DeepSpeedModel(LoadedModel):
 
     def _run(self, message: Mapping[str, Any], emit: Emit | None) -> None:
         self._batch += 1
-        self.group.send({**message, "batch": self._batch})
+        self.group.send({**message, "batch": self._batch, "tell": self.on_tokens is not None})
         while True:
             answer = self.group.receive()
             if answer["batch"] != self._batch:
@@ -93,7 +97,9 @@ class DeepSpeedModel(LoadedModel):
                 return
             if "failed" in answer:
                 raise error_from_json(answer["failed"])
-            if emit is not None and "index" in answer:
+            if "tokens" in answer:
+                self.tell([NewTokens(*new) for new in answer["tokens"]])
+            elif emit is not None and "index" in answer:
                 error = "error" in answer
                 emit(answer["index"], error_from_json(answer["error"]) if error else output_from_json(answer["output"]))
 

@@ -70,7 +70,7 @@ class _Rank:
 
 
 class RankGroup:
-    """The processes of one model. Used by one thread at a time."""
+    """The processes of one model. Used by one thread at a time, but for :meth:`notify`."""
 
     def __init__(self, name: str, world: int, plan: Mapping[str, Any], timeout: float) -> None:
         """Start ``world`` processes and give each the ``plan``; ``timeout`` is the longest silence, in seconds."""
@@ -78,6 +78,7 @@ class RankGroup:
         self._timeout = timeout
         self._dead: FleetError | None = None
         self._ranks: list[_Rank] = []
+        self._sending = threading.Lock()
         self._selector = selectors.DefaultSelector()
         pairs = [socket.socketpair() for _ in range(world)]
         links = [socket.socketpair() for _ in range(world - 1)]
@@ -126,11 +127,17 @@ class RankGroup:
         if not self.alive:
             raise self._end(self._first_dead())
         try:
-            self._ranks[0].channel.send(message)
+            with self._sending:
+                self._ranks[0].channel.send(message)
         except TimeoutError:
             raise self._hung(self._timeout) from None
         except OSError:
             raise self._end(0) from None
+
+    def notify(self, message: Mapping[str, Any]) -> None:
+        """Give the leader a message amid a batch, on any thread. Whether the group is dead shows elsewhere."""
+        with self._sending, suppress(OSError):
+            self._ranks[0].channel.send(message)
 
     def receive(self, timeout: float | None = None) -> dict[str, Any]:
         """The leader's next message.

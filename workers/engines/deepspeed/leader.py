@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from queue import SimpleQueue
 from typing import Any, ClassVar, Literal, NoReturn
 
 import numpy as np
@@ -24,14 +24,13 @@ from workers.engines.common.roles import WRITING, Role
 from workers.engines.common.sampling import Logits, Scores, Tokens
 from workers.engines.common.scoring import score
 from workers.engines.deepspeed.group import PEER_LOST
+from workers.engines.deepspeed.report import Report
 from workers.engines.deepspeed.shard import ANSWERED, Shard
 from workers.engines.deepspeed.stage import Place, answering
-from workers.engines.deepspeed.wire import Arrays, Channel, error_to_json, output_to_json
+from workers.engines.deepspeed.wire import Arrays, Channel
 
 logger = logging.getLogger(__name__)
 
-TICK_SECONDS = 1.0
-"""How often the worker is told that a batch makes progress when there is nothing else to tell."""
 EXTRA_MICRO_BATCHES = 1
 """Beyond one a stage: while the leader samples for one micro-batch, each stage has another to work at."""
 
@@ -153,18 +152,20 @@ class Leader:
         self._model = shard.model
         self._place = place
         self._worker = worker
+        self._fail = fail
+        self._batches: SimpleQueue[dict[str, Any]] = SimpleQueue()
         self._ranks = Ranks(shard, place, links, fail)
-        self._said = time.monotonic()
-        self._saying = threading.Lock()
-        self._batch = 0
+        self._report = Report(worker)
         # The middle of a pipeline hands on what is not a model's last vectors.
         self.kinds = self._model.kinds - ({Kind.EMBED} if place.pipeline > 1 else set())
 
     def serve(self) -> NoReturn:
-        """Answer batches until the worker is gone (``EOFError``)."""
+        """Answer batches until the worker is gone, which ends the process."""
+        threading.Thread(target=self._listen, name="worker", daemon=True).start()
         while True:
-            message, _ = self._worker.receive()
-            self._batch = message["batch"]
+            message = self._batches.get()
+            self._report.begin(message["batch"])
+            self._model.on_tokens = self._report.tell if message["tell"] else None
             requests: list[InferenceRequest] = []
             try:
                 if message["op"] == "warmup":
@@ -173,25 +174,40 @@ class Leader:
                     requests = [InferenceRequest.parse(data) for data in message["requests"]]
                     self._infer(requests)
             except FleetError as error:
-                self._say(failed=error_to_json(error))
+                self._report.failed(error)
             except Exception as error:  # noqa: BLE001  # the boundary: the worker is told whatever it was
                 logger.error("a batch failed\n%s", traceback_of(error, requests))
-                self._say(failed=error_to_json(error))
+                self._report.failed(error)
             else:
-                self._say(done=True)
+                self._report.done()
+
+    def _listen(self) -> None:
+        """Put batches in line; what is not wanted any longer is heard of while one runs."""
+        while True:
+            try:
+                message, _ = self._worker.receive()
+            except (EOFError, OSError):
+                os._exit(PEER_LOST)
+            except BaseException as error:  # noqa: BLE001 - the process ends with it: nobody else would
+                self._fail(error)
+            if message["op"] == "abort":
+                self._model.unwanted.add(message["id"])
+            else:
+                self._model.unwanted.clear()  # the batch that they were of is through
+                self._batches.put(message)
 
     def _infer(self, requests: Sequence[InferenceRequest]) -> None:
         kind = requests[0].kind
         model = self._model
         if kind not in self.kinds:
             for index in range(len(requests)):
-                self._emit(index, UnsupportedKind(f"model {model.spec.name!r} does not serve {kind} requests"))
+                self._report.emit(index, UnsupportedKind(f"model {model.spec.name!r} does not serve {kind} requests"))
         elif kind in WRITING:
             self._generate(requests)
         elif model.labels is not None:
-            score(requests, model.codec, model.labels, model.pad, self._classify, self._emit)
+            score(requests, model.codec, model.labels, model.pad, self._classify, self._report.emit, model.telling)
         else:
-            embed(requests, model.codec, model.spec, model.pad, self._encode, self._emit)
+            embed(requests, model.codec, model.spec, model.pad, self._encode, self._report.emit, model.telling)
 
     def _generate(self, requests: Sequence[InferenceRequest]) -> None:
         """One loop; in a pipeline one for each micro-batch, side by side, so that every stage has work."""
@@ -203,12 +219,13 @@ class Leader:
             mine = range(slot, len(requests), count)
 
             def emit(index: int, outcome: EngineOutput | FleetError) -> None:
-                self._emit(mine[index], outcome)
+                self._report.emit(mine[index], outcome)
 
             decoding = self._decoding(slot)
             model = self._model
+            asked = [requests[place] for place in mine]
             try:
-                generate([requests[place] for place in mine], model.codec, decoding, model.eos, model.pad, emit)
+                generate(asked, model.codec, decoding, model.eos, model.pad, emit, model.telling, model.unwanted)
             except Exception as error:  # noqa: BLE001 - it is raised when the other micro-batches are through
                 errors.append(error)
             finally:
@@ -231,7 +248,7 @@ class Leader:
 
     def _read(self, op: str, texts: Padded) -> Floats:
         found: Floats = self._ranks.call(op, {"ids": texts.ids, "mask": texts.mask, "types": texts.types})
-        self._progress()
+        self._report.progress()
         return found
 
     def _warmup(self) -> None:
@@ -247,19 +264,4 @@ class Leader:
 
     def _decoding(self, slot: int) -> _RankDecoding:
         kind = _RankRewriting if self._model.role is Role.SEQ2SEQ else _RankDecoding
-        return kind(self._ranks, slot, self._progress)
-
-    def _emit(self, index: int, outcome: EngineOutput | FleetError) -> None:
-        if isinstance(outcome, FleetError):
-            self._say(index=index, error=error_to_json(outcome))
-        else:
-            self._say(index=index, output=output_to_json(outcome))
-
-    def _progress(self) -> None:
-        if time.monotonic() - self._said > TICK_SECONDS:
-            self._say(tick=True)
-
-    def _say(self, **message: Any) -> None:
-        with self._saying:
-            self._said = time.monotonic()
-            self._worker.send({"batch": self._batch, **message})
+        return kind(self._ranks, slot, self._report.progress)

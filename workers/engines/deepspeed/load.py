@@ -31,7 +31,7 @@ from workers.engines.common.text import TextCodec, first_line, task_prefixes
 from workers.engines.common.weights import context_of, load_weights
 from workers.engines.deepspeed.stage import Place, StageModel, cut
 from workers.engines.deepspeed.wire import Channel
-from workers.engines.pytorch.engine import TorchModel, memory_errors, torch_dtype
+from workers.engines.pytorch.model import TorchModel, memory_errors, torch_dtype
 
 LOOPBACK = "127.0.0.1"
 COLLECTIVE_TIMEOUT = timedelta(hours=1)

@@ -16,7 +16,7 @@ from workers.engines.common.lengths import Floats, Padded
 from workers.engines.common.sampling import Logits
 from workers.engines.deepspeed.stage import Place
 from workers.engines.deepspeed.wire import Arrays, Channel
-from workers.engines.pytorch.engine import TorchModel, memory_errors
+from workers.engines.pytorch.model import TorchModel, memory_errors
 
 ANSWERED = frozenset({"prefill", "step"})
 """Operations that end in scores."""

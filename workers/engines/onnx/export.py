@@ -20,7 +20,7 @@ from workers.engines.onnx.files import ENCODER_GRAPH, GRAPH, META, Conversion, f
 from workers.engines.onnx.model import OnnxModel
 
 if TYPE_CHECKING:
-    from workers.engines.pytorch.engine import TorchModel
+    from workers.engines.pytorch.model import TorchModel
 
 logger = logging.getLogger(__name__)
 
@@ -91,11 +91,11 @@ def _original(spec: ModelSpec) -> TorchModel:
     import torch
 
     from workers.engines.common import weights
-    from workers.engines.pytorch import engine as pytorch
+    from workers.engines.pytorch.model import TorchModel
 
     model = weights.load_weights(spec, torch.float32)
     codec = TextCodec(spec, weights.context_of(spec, model.config, model), task_prefixes(model.config))
-    return pytorch.TorchModel(spec, model, codec, torch.device("cpu"))
+    return TorchModel(spec, model, codec, torch.device("cpu"))
 
 
 def _described(original: TorchModel, quantise: bool) -> Conversion:

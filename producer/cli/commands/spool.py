@@ -12,7 +12,7 @@ import typer
 from producer.cli.options import Config, RedisUrl, settings_of
 from producer.cli.show import console, json_line, spool_tables
 from producer.client.client import Client
-from producer.client.spool import Spool, SpoolSender
+from producer.client.spool_file import Spool
 from shared.errors import BadRequest
 from shared.settings import Settings
 
@@ -54,8 +54,7 @@ def spool_send(redis_url: RedisUrl = None, config: Config = None) -> None:
     """Submit all of them now, the oldest first. One that is submitted already is not run again."""
     settings = settings_of(config, redis_url)
     with _opened(settings) as spool, Client(settings=settings, on_outage="raise") as client:
-        sent = SpoolSender(spool, client.submit_many).deliver()
-        print(f"{sent} sent, {len(spool)} left")
+        print(f"{client.deliver(spool)} sent, {len(spool)} left")
 
 
 @app.command("drop")

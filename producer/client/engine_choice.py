@@ -1,0 +1,67 @@
+"""Which engine a request is submitted to, by a list of the live workers that is read again when it has grown old."""
+
+from __future__ import annotations
+
+import time
+
+import redis
+
+from shared.broker import broker_errors
+from shared.contract import EngineName, InferenceRequest
+from shared.errors import NoEngineAvailable
+from shared.registry import WorkerInfo, WorkerRegistry
+from shared.routing import choose, park
+from shared.settings import Settings
+
+REFRESH_SECONDS, STALE_SECONDS = 1.0, 3.0
+"""How old the list of live workers may be: past the first it is read again after a submission, while the answer is on
+its way; past the second no engine is chosen by it."""
+
+
+class EngineChoice:
+    """Chooses engines. Safe to use from several threads."""
+
+    def __init__(self, client: redis.Redis, settings: Settings) -> None:
+        self._settings = settings
+        self._registry = WorkerRegistry(client, settings.fleet.silent_after_seconds)
+        self._workers: list[WorkerInfo] = []
+        self._read_at = float("-inf")
+        self._choices: dict[tuple[object, ...], EngineName] = {}
+
+    def live_workers(self) -> list[WorkerInfo]:
+        """Read the list of live workers; engines are chosen by it from now on."""
+        with broker_errors(self._settings.fleet, "list the workers"):
+            self._workers = self._registry.live()
+        self._read_at = time.monotonic()
+        self._choices.clear()
+        return self._workers
+
+    def refresh(self) -> None:
+        """Read the list again where it is not new."""
+        if self._older_than(REFRESH_SECONDS):
+            self.live_workers()
+
+    def engine_for(self, request: InferenceRequest) -> EngineName:
+        """The engine to submit a request to; raises as :func:`shared.routing.choose` does.
+
+        A request with a deadline may wait for an engine that no live worker has now.
+        """
+        if self._older_than(STALE_SECONDS):
+            self.live_workers()
+        key = (request.model, request.kind, request.engine_preference, request.features)
+        engine = self._choices.get(key)
+        if engine is not None:
+            return engine
+        try:
+            engine = self._choices[key] = choose(request, self._workers, self._settings)
+        except NoEngineAvailable:
+            if self._older_than(REFRESH_SECONDS):  # a worker may have come
+                self.live_workers()
+                return self.engine_for(request)
+            engine = park(request, self._workers, self._settings) if request.deadline is not None else None
+            if engine is None:
+                raise
+        return engine
+
+    def _older_than(self, seconds: float) -> bool:
+        return time.monotonic() - self._read_at > seconds

@@ -1,0 +1,42 @@
+"""From what a caller gives to what is submitted: a checked request, with the headers that its message is to have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from shared.contract import InferenceRequest
+from shared.headers import check_headers
+
+RequestLike = InferenceRequest | Mapping[str, Any]
+"""A request as its caller gives it: a value, or a mapping of its fields."""
+
+HeadersOf = Callable[[InferenceRequest], Mapping[str, str]]
+"""Makes the further headers of a request's message, a trace context for example."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A checked request, and the further headers of its message."""
+
+    request: InferenceRequest
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def prepare(request: RequestLike, deadline: float | None, headers_of: HeadersOf | None = None) -> Submission:
+    """Check a request; ``deadline`` is its deadline where it has none of its own.
+
+    Raises :class:`~shared.errors.BadRequest` where the request, or what ``headers_of`` makes of it, is not valid.
+    """
+    if not isinstance(request, InferenceRequest):
+        if deadline is not None and request.get("deadline") is None:
+            request = {**request, "deadline": deadline}
+        request = InferenceRequest.parse(request)
+    elif deadline is not None and request.deadline is None:
+        request = request.model_copy(update={"deadline": deadline})
+    if headers_of is None:
+        return Submission(request)
+    headers = dict(headers_of(request))
+    check_headers(headers)
+    return Submission(request, headers)

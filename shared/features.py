@@ -1,0 +1,78 @@
+"""What a request may need of a worker beyond the kind: decided for each of its fields, in one table.
+
+A worker refuses a request with a field that it does not know. So a field that workers of release 0.1.0 do not know
+needs a feature, and only engines that announce the feature are asked. Whoever adds a field to a request adds its line
+here; one that needs a feature is ``None`` where it is not given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from operator import attrgetter
+from typing import Any, Final
+
+from pydantic import BaseModel
+
+
+class Feature(StrEnum):
+    """What a request may need of an engine beyond its kind: the chain leaves out engines that have it not."""
+
+    LOGPROBS = "logprobs"
+    JSON_SCHEMA = "json_schema"
+
+
+NOTHING: Final[frozenset[Feature]] = frozenset()
+
+FEATURE_OF_FIELD: Final[Mapping[str, Feature | None]] = {
+    "id": None,
+    "model": None,
+    "kind": None,  # a worker announces the kinds that it serves with each model
+    "inputs": None,
+    "inputs.prompt": None,
+    "inputs.messages": None,
+    "inputs.messages.role": None,
+    "inputs.messages.content": None,
+    "inputs.texts": None,
+    "inputs.query": None,
+    "params": None,
+    "params.max_tokens": None,
+    "params.temperature": None,
+    "params.top_p": None,
+    "params.top_k": None,
+    "params.stop": None,
+    "params.seed": None,
+    "params.ignore_eos": None,
+    "params.logprobs": Feature.LOGPROBS,
+    "params.json_schema": Feature.JSON_SCHEMA,
+    "engine_preference": None,
+    "conversation_id": None,
+    "priority": None,
+    "deadline": None,
+    "tenant": None,
+    "stream": None,
+}
+"""Every field of a request, and the feature that a request with it needs: none for what every worker knows."""
+
+_NEEDED: Final = tuple(
+    (attrgetter(field), field.split("."), feature) for field, feature in FEATURE_OF_FIELD.items() if feature is not None
+)
+
+
+def features_of(request: BaseModel) -> frozenset[Feature]:
+    """The features that a request needs: those of its fields that are not ``None``."""
+    found = [feature for value_of, _, feature in _NEEDED if value_of(request) is not None]
+    return frozenset(found) if found else NOTHING
+
+
+def drop_unasked(fields: dict[str, Any]) -> None:
+    """Take out of ``fields``, a request as JSON has it, what needs a feature and is ``None``.
+
+    A worker that does not know such a field would refuse the request, though nothing is asked for.
+    """
+    for _, (*sections, name), _ in _NEEDED:
+        section: Any = fields
+        for outer in sections:
+            section = section.get(outer) or {}
+        if name in section and section[name] is None:
+            del section[name]

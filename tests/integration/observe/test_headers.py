@@ -1,0 +1,111 @@
+"""Further headers on their way through a real fleet: over an outage, a dead queue and a dead worker."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextvars import ContextVar
+
+import pytest
+
+from producer import Client
+from shared import keys, wire
+from shared.contract import InferenceRequest
+from shared.embedded import EmbeddedBroker
+from shared.errors import BadRequest
+from tests.conftest import ROOT, eventually
+from tests.integration.observe.header_notes import NOTES
+
+ECHO = {"model": "echo", "inputs": {"prompt": "abc"}}
+TRACE = ContextVar("TRACE", default="nothing")
+
+
+def headers_of(request: InferenceRequest) -> dict[str, str]:
+    """A trace context of the caller, and what the request itself says."""
+    return {"traceparent": TRACE.get(), "tracestate": f"model={request.model}"}
+
+
+def waiting(client, queue: str) -> list[dict[str, object]]:
+    """The headers of the messages on a queue."""
+    return [wire.decode_envelope(payload)["headers"] for payload in client.lrange(keys.list_of(queue, 3), 0, -1)]
+
+
+def test_headers_come_from_the_callers_context(make_fleet, redis_client) -> None:
+    """The function is called with each request when it is submitted, where it is submitted."""
+    fleet = make_fleet()
+    TRACE.set("of the caller")
+
+    with Client(settings=fleet.settings, headers=headers_of) as client:
+        client.submit_many([ECHO, ECHO], timeout=60)
+
+    assert [(found["traceparent"], found["tracestate"]) for found in waiting(redis_client, "fake")] == [
+        ("of the caller", "model=echo")
+    ] * 2
+
+
+def test_a_clash_refuses_the_call(make_fleet, redis_client) -> None:
+    """Nothing is submitted, and nobody waits for it."""
+    fleet = make_fleet()
+
+    with (
+        Client(settings=fleet.settings, headers=lambda _: {"retries": "1"}) as client,
+        pytest.raises(BadRequest, match="'retries' belongs to Celery"),
+    ):
+        client.submit_many([ECHO, ECHO], timeout=60)
+
+    assert waiting(redis_client, "fake") == []
+
+
+def test_headers_outlast_an_outage_in_the_spool(tmp_path, make_fleet) -> None:
+    """What was spooled has the headers of the time at which it was submitted, though another client delivers it."""
+    with EmbeddedBroker(tmp_path / "own") as own:
+        options = {"redis_url": own.url, "spool_path": str(tmp_path / "spool.db"), "on_outage": "spool"}
+        settings = make_fleet(fleet=options).settings
+        own.stop()
+        TRACE.set("before the outage ended")
+        with Client(settings=settings, headers=headers_of) as client:
+            client.submit(ECHO, timeout=600)
+        own.start()
+
+        with Client(settings=settings) as client:
+            (headers,) = eventually(lambda: waiting(client._redis, "fake"), 20, "the delivery")
+
+        assert headers["traceparent"] == "before the outage ended"
+
+
+def test_headers_survive_a_hop_and_a_killed_worker(tmp_path, make_fleet) -> None:
+    """A receiver of Celery's signals finds them on the request that was moved to another queue and delivered again."""
+    fleet = make_fleet(
+        fleet={"rescue_after_seconds": 0.5, "heartbeat_seconds": 0.2, "lease_seconds": 1.0, "sweep_seconds": 0.2},
+        optimization={"engine_preference": ["onnx", "fake"], "fake": {"latency_ms": 1500}},
+        models={"catalog": {"echo": {"engines": ["onnx", "fake"]}}},
+    )
+    notes = tmp_path / "notes"
+    TRACE.set("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")
+
+    def start() -> subprocess.Popen[bytes]:
+        with (tmp_path / "log").open("ab") as log:
+            fleet.processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "celery", "-A", "workers", "worker", "-Q", "fake",
+                     "--include", "tests.integration.observe.header_notes"],
+                    cwd=ROOT, env={**fleet.environ, NOTES: str(notes)}, stdout=log, stderr=log,
+                )
+            )  # fmt: skip
+        return fleet.processes[-1]
+
+    with Client(settings=fleet.settings, headers=headers_of) as client:
+        handle = client.submit(ECHO, timeout=120)
+        doomed = start()
+        eventually(notes.exists, 60, "the first run")
+        doomed.kill()
+        start()
+
+        assert handle.result(60).text == "cba"
+
+    first, second = (json.loads(line) for line in notes.read_text().splitlines())
+    assert first["id"] == second["id"] == handle.id
+    assert first["headers"]["traceparent"] == second["headers"]["traceparent"] == TRACE.get()
+    assert second["headers"]["muai"]["deliveries"] == 1
+    assert len(second["headers"]["muai"]["hops"]) == 1

@@ -1,0 +1,1 @@
+"""Which test shows which property and which requirement: ``python -m tests.traceability`` writes docs/properties.md."""
