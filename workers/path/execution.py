@@ -195,4 +195,5 @@ class Execution:
         if self._loop is None:
             raise RuntimeError("a request rests on a loop")
         self._table.move(item, State.RESTING)
+        item.attempts += 1
         self._loop.call_later(seconds, then, item)
