@@ -133,7 +133,7 @@ class Execution:
 
     def _pump_alone(self, now: float) -> None:
         """Start the one that runs by itself, once nothing else is in this worker's hands."""
-        self.put_back(self._waiting.drain())
+        self.put_back([*self._waiting.drain(), *self._table.all(State.CLAIMED, State.ASKING, State.RESTING)])
         if not self._batches:
             for item in self._table.all(State.ALONE):
                 if (ending := self._expiry.unwanted(item, now)) is not None:
