@@ -87,8 +87,10 @@ class Admission:
         if eta is not None and eta > item.claimed:
             self._outbox.add(Ending.delayed(item, eta))
             return
+        read_before = item.embed is not None
         args, kwargs, item.embed = item.decode()
-        self._observers.tell("request_received", item)
+        if not read_before:
+            self._observers.tell("request_received", item)
         item.request = request = item.validated(args, kwargs)
         if (ending := self._expiry.unwanted(item, item.claimed)) is not None:
             self._outbox.add(ending)
