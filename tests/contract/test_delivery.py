@@ -108,6 +108,30 @@ def test_the_first_terminal_record_stands(side: Side):
     assert not side.cancel("a", cancelled_record("a"))
 
 
+def test_a_request_that_was_cancelled_goes_on_to_where_it_is_ended(side: Side):
+    """It keeps its record; one that has its answer does not go on."""
+    for name in ("a", "b"):
+        side.submit("fake", name, name.encode())
+    first, second = leases_of(side.delivery.claim(QUEUE, 2))
+    side.cancel("a", cancelled := cancelled_record("a"))
+    retry = wire.failure_meta("a", EngineError("broke"), status="RETRY")
+    hops = [
+        Settlement(lease, keys.result_key("a"), retry, push_list="onnx", push_message=name)
+        for lease, name in ((first, "a"), (second, "b"))
+    ]
+    assert side.delivery.settle(hops[:1]) == [Written.DONE]
+    assert side.state()["records"] == {keys.result_key("a"): cancelled}
+    assert side.state()["lists"] == {"onnx": [b"a"]}
+
+    (third,) = leases_of(side.delivery.claim("onnx", 1))
+    side.submit("fake", "c", b"c")
+    (fourth,) = leases_of(side.delivery.claim(QUEUE, 1))
+    side.delivery.settle([Settlement(third), Settlement(fourth, keys.result_key("c"), success("c"))])
+    hop = Settlement(second, keys.result_key("c"), retry, push_list="onnx", push_message="b")
+    assert side.delivery.settle([hop]) == [Written.ANSWERED]
+    assert side.state()["lists"] == {}
+
+
 def test_a_lease_that_is_lost_writes_nothing(side: Side, clock: ManualClock):
     """It expired, and who swept has it under another name."""
     side.submit("fake", "a", b"message")

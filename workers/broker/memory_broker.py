@@ -145,6 +145,8 @@ class MemoryBroker:
                 self.under_way.pop(it.result_key.removeprefix(keys.result_key("")), None)
         if it.reply and record:
             self.replies[it.reply].append(record)
+        if written is Written.CANCELLED and it.push_list:
+            written = Written.DONE
         if written is not Written.DONE:
             return written
         if it.push_list:

@@ -81,6 +81,19 @@ def test_an_engines_error_hops_and_a_callers_error_does_not(outcome: Exception, 
     assert len(worker.runners[OTHER].runs) == (status == "RETRY")
 
 
+def test_a_request_that_was_cancelled_and_hops_is_ended_where_it_comes_to():
+    """So its caller and the rest of its canvas get an end."""
+    fleet, worker = start(FAKE, OTHER)
+    fleet.submit("a")
+    worker.turn()
+    fleet.cancel("a")
+    report(worker, EngineError("broke"))
+
+    assert (fleet.status("a"), fleet.answers("a")) == ("REVOKED", 1)
+    assert [ending.end for ending in worker.canvas.told] == ["hop", "cancel"]
+    assert worker.runners[OTHER].submitted == []
+
+
 def test_the_history_of_hops_is_in_the_answer_and_in_the_last_error():
     fleet, worker = start(FAKE, OTHER)
     for name in ("a", "b"):

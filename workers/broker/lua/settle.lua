@@ -3,7 +3,8 @@
 --
 -- A lease that is no longer held (it expired and somebody else took the message over) is passed over: nothing of its
 -- settlement is written. And the first terminal record of a request wins: one that was cancelled, or answered under the same
--- id before, keeps its record, and whoever waits on the reply stream is given that. So a request is answered once.
+-- id before, keeps its record, and whoever waits on the reply stream is given that. So a request is answered once. One that was
+-- cancelled and is to go on goes on: the worker that has it next ends it, and tells everybody who waits for its end.
 --
 -- KEYS[1]  muai:lease:index     zset lease id -> expiry, ms
 -- KEYS[2]  muai:lease:messages  hash lease id -> list name, newline, message
@@ -75,6 +76,7 @@ local function settle(it)
     redis.pcall('XADD', it.reply, '*', 'm', record) -- an error where the key is no stream concerns nobody else
     replies[it.reply] = true
   end
+  if written == CANCELLED and it.list then written = DONE end
   if written ~= DONE then return written end
   if it.list then
     push(it.list == '=' and list or it.list, it.front and 'R' or 'L', { payload(it.message) or claimed })
