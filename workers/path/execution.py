@@ -134,12 +134,13 @@ class Execution:
     def _pump_alone(self, now: float) -> None:
         """Start the one that runs by itself, once nothing else is in this worker's hands."""
         self.put_back([*self._waiting.drain(), *self._table.all(State.CLAIMED, State.ASKING, State.RESTING)])
-        if not self._batches:
+        idle = not self._batches and not self._table.count(State.RUNNING)  # one that has run may come to rest here
+        if idle:
             for item in self._table.all(State.ALONE):
                 if (ending := self._expiry.unwanted(item, now)) is not None:
                     self._outbox.add(ending)
         self._outbox.flush(wait=True)  # before it starts: nothing of what was put back is to be lost with this worker
-        if not self._batches:
+        if idle:
             for item in self._table.all(State.ALONE):
                 self._start(Batch(ALONE, [item], item.tokens, FlushReason.SIZE, now - item.claimed), now)
 

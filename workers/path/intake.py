@@ -165,6 +165,8 @@ class Intake:
             self._execution.pump()
         self._take_reports()
         self._outbox.flush()
+        if self.table.count(State.ALONE):  # it starts when what ran before it is concluded as well
+            self._execution.pump()
 
     def _take_done(self) -> None:
         while self._done:

@@ -158,6 +158,20 @@ def test_one_that_runs_alone_takes_nobody_along_who_rests():
     assert {item.id for item in worker.intakes[FAKE].table} == {"last"}
 
 
+def test_one_that_runs_alone_waits_until_what_ran_is_concluded():
+    """A request of the last batch that comes to rest goes back before it starts."""
+    fleet, worker = start(slots=2)
+    submit(fleet, "busy")
+    worker.turn()
+    submit(fleet, "last", deliveries=2)
+    worker.turn()
+    worker.runners[FAKE].complete(EngineBusy())
+    worker.turn()
+
+    assert running(worker) == [["last"]]
+    assert {item.id for item in worker.intakes[FAKE].table} == {"last"}
+
+
 @pytest.mark.parametrize("done", [False, True])
 def test_one_that_runs_alone_is_not_started_before_the_others_have_gone_back(
     done: bool, monkeypatch: pytest.MonkeyPatch
