@@ -205,17 +205,26 @@ class Intake:
             ending = Ending.cancelled(item) if item.id in gone else self._expiry.unwanted(item, now)
             if ending is not None:
                 self._outbox.add(ending)
-                self._runner.abort(item)
+                self._abort(item)
         self._outbox.flush()
+
+    def _abort(self, item: InFlight) -> None:
+        """Let the engine know that a request is not wanted; it knows requests by their ids.
+
+        One that other workers had taken over, and that has come back here, may run under the same id: it is wanted.
+        """
+        if not any(other.id == item.id for other in self.table.all(State.RUNNING)):
+            self._runner.abort(item)
 
     def forget(self, leases: Collection[str]) -> None:
         """Drop requests that other workers have taken over: what runs is ended, and nothing is answered."""
         lost = [item for item in self.table if item.lease in leases and item.state is not State.ENDED]
         self._waiting.remove({item for item in lost if item.state is State.WAITING})
         for item in lost:
-            if item.state is State.RUNNING:
-                self._runner.abort(item)
+            ran = item.state is State.RUNNING
             self.table.leave(item)
+            if ran:
+                self._abort(item)
             self._context.observers.tell("lease_lost", item)
 
     # -- shutdown ---------------------------------------------------------------------------------------------------
@@ -243,7 +252,7 @@ class Intake:
         waited = self._waiting.drain()
         self._execution.put_back([*running, *held, *waited, *self.table.all(State.RESTING, State.ALONE)])
         for item in running:
-            self._runner.abort(item)
+            self._abort(item)
         if running:
             logger.warning("%d requests did not end in time and go back to %s", len(running), self.queue)
         self._outbox.flush()

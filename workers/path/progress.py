@@ -32,8 +32,8 @@ class Progress:
     def end(self, items: Iterable[InFlight]) -> None:
         """The engine is through with these."""
         for item in items:
-            if item.request is not None:
-                self._running.pop(item.request.id, None)
+            if item.request is not None and self._running.get(item.request.id) is item:
+                del self._running[item.request.id]
 
     def tell(self, made: Sequence[NewTokens]) -> None:
         """A step of the engine has made these; see :data:`workers.engines.base.OnTokens`."""
