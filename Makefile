@@ -42,7 +42,7 @@ up: setup  ## the same fleet, staying up (ENGINES=vllm,pytorch for others, after
 	@ENGINES='$(ENGINES)' $(BIN)/python -m demo.up
 
 test: setup-engines  ## run the tests, on all engines
-	@$(BIN)/python -m pytest -n 2 --dist loadfile tests
+	@$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
 lint: setup  ## ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -6,7 +6,9 @@ under ``muai:``.
 ======================================  ========================================================================
 ``<queue>``, ``<queue>\x06\x16<step>``     lists of waiting messages; step 3, 6 or 9, the bare name is step 0
 ``muai:lane:<list>:<tenant>``           list: a tenant's messages, beside the shared list of their queue and step
-``muai:lanes:<list>``                   zset tenant -> its turn; in it while its lane holds messages
+``muai:lane:<list>:<tenant>@<worker>``  list: those of them that one worker should have
+``muai:lanes:<list>``                   zset tenant -> its turn; in it while its lanes hold messages
+``muai:lanes:<list>:<tenant>``          hash worker -> since when what it should have waits for it, ms
 ``muai:queue:<queue>``                  hash: bytes, messages in lanes, rate of claims, turns (see ``lua/lists.lua``)
 ``muai:inflight``                       hash tenant -> leases of messages from its lanes
 ``muai:rate:<tenant>``                  hash: what the tenant may submit at once, and when that was reckoned
@@ -17,8 +19,10 @@ under ``muai:``.
 ``muai:reply:<client>``                 stream of results for one client
 ``muai:dead``                           stream of dead letters
 ``muai:cancelled``                      zset result key -> time of cancellation, ms
+``muai:delayed``                        hash request id -> the lease under which it waits for its time
 ``muai:workers:seen``                   zset worker id -> last announcement, ms
 ``muai:workers:info``                   hash worker id -> what the worker announces, JSON
+``muai:workers:more``                   the same, what readers of 0.1.0 do not know and would refuse
 ``muai:underway``                       zset request id -> when it was submitted, ms; until it has ended
 ``muai:running:<id>``                   the lease under which a message of another sender runs
 ``muai:parity:<digest>``                what PyTorch answers to the parity gate's questions, JSON
@@ -48,8 +52,10 @@ IN_FLIGHT: Final = "muai:inflight"
 DEAD_LETTERS: Final = "muai:dead"
 UNDER_WAY: Final = "muai:underway"
 CANCELLED: Final = "muai:cancelled"
+DELAYED: Final = "muai:delayed"
 WORKERS_SEEN: Final = "muai:workers:seen"
 WORKERS_INFO: Final = "muai:workers:info"
+WORKERS_MORE: Final = "muai:workers:more"
 
 GPU_LEASES: Final = "muai:gpu:leases"
 GPU_HOLDERS: Final = "muai:gpu:holders"
@@ -68,11 +74,16 @@ def queue_of(engine: EngineName) -> str:
     return engine.value
 
 
-def list_of(queue: str, priority: int, tenant: str = DEFAULT_TENANT) -> str:
-    """The Redis list for a queue, a priority from 0 (first) to 9, as kombu names it, and a tenant."""
+def list_of(queue: str, priority: int, tenant: str = DEFAULT_TENANT, affinity: str = "") -> str:
+    """The Redis list for a queue, a priority from 0 (first) to 9, as kombu names it, a tenant and an affinity.
+
+    ``affinity`` names the worker that should have what is on it; empty: any.
+    """
     step = max(step for step in PRIORITY_STEPS if step <= max(priority, 0))
     shared = f"{queue}{PRIORITY_SEPARATOR}{step}" if step else queue
-    return shared if tenant == DEFAULT_TENANT else f"{LANE_PREFIX}{shared}:{tenant}"
+    whose = "" if tenant == DEFAULT_TENANT else tenant
+    lane = f"{whose}@{affinity}" if affinity else whose
+    return f"{LANE_PREFIX}{shared}:{lane}" if lane else shared
 
 
 def lists_of(queue: str) -> list[str]:

@@ -25,6 +25,9 @@ from shared.broker import lua
 from shared.contract import EngineName, Feature, Kind
 from shared.limits import Limits
 
+AFTER_0_1_0 = {"limits", "quiet_seconds"}
+"""What readers of 0.1.0 do not know: they refuse an announcement that has it, so it is kept beside it."""
+
 
 class Announced(BaseModel):
     """Base of what workers announce: immutable, and unknown fields are passed over."""
@@ -64,24 +67,21 @@ class ServedModel(Announced):
 
 
 class EngineInfo(Announced):
-    """One engine of a worker. ``failed`` names the models that it cannot answer with now, and why.
-
-    ``quiet_seconds`` is how long ago what it runs has begun or made its last token; ``None`` where nothing runs.
-    """
+    """One engine of a worker. ``failed`` names the models that it cannot answer with now, and why."""
 
     name: EngineName
     features: Annotated[tuple[Feature, ...], _known(Feature)] = ()
     models: dict[str, ServedModel] = {}
     max_batch_size: int = 1
     failed: dict[str, str] = {}
-    quiet_seconds: float | None = None
 
 
 class WorkerInfo(Announced):
     """What a worker announces. ``age_ms`` is the time since it last did.
 
-    ``limits`` are those that it keeps to now. ``gpus`` are the uuids of the GPUs it has leased, ``gpu_problems`` says
-    of those that failed why.
+    ``gpus`` are the uuids of the GPUs it has leased, ``gpu_problems`` says of those that failed why. ``limits`` are
+    those that it keeps to now; ``quiet_seconds`` is, for each engine that runs something, how long ago that has begun
+    or made its last token.
     """
 
     id: str
@@ -91,9 +91,10 @@ class WorkerInfo(Announced):
     queues: tuple[str, ...]
     engines: Annotated[tuple[EngineInfo, ...], BeforeValidator(_of_known_engines)] = ()
     in_flight: int = 0
-    limits: Annotated[Limits | None, WrapValidator(_where_readable)] = None
     gpus: tuple[str, ...] = ()
     gpu_problems: dict[str, str] = {}
+    limits: Annotated[Limits | None, WrapValidator(_where_readable)] = None
+    quiet_seconds: dict[str, float] = {}
     age_ms: int = 0
 
     def serves(self, engine: EngineName, model: str, kind: Kind, features: Collection[Feature] = ()) -> bool:
@@ -114,21 +115,22 @@ class WorkerRegistry:
         self._silent_ms = int(silent_after_seconds * 1000)
         self._announce = client.register_script(lua("shared", "announce"))
         self._live = client.register_script(lua("shared", "live"))
-        self._keys = [keys.WORKERS_SEEN, keys.WORKERS_INFO]
+        self._keys = [keys.WORKERS_SEEN, keys.WORKERS_INFO, keys.WORKERS_MORE]
 
     def announce(self, worker: WorkerInfo) -> None:
         """Say that ``worker`` lives; workers that fell silent are dropped on the way."""
-        self._announce(keys=self._keys, args=[worker.id, worker.model_dump_json(), self._silent_ms])
+        info, more = worker.model_dump_json(exclude=AFTER_0_1_0), worker.model_dump_json(include=AFTER_0_1_0)
+        self._announce(keys=self._keys, args=[worker.id, info, self._silent_ms, more])
 
     def leave(self, worker_id: str) -> None:
         """Take a worker out at once."""
-        self._announce(keys=self._keys, args=[worker_id, "", self._silent_ms])
+        self._announce(keys=self._keys, args=[worker_id, "", self._silent_ms, ""])
 
     def live(self) -> list[WorkerInfo]:
         """Workers that announced themselves within the time of silence, the longest running first."""
         rows = self._live(keys=self._keys, args=[self._silent_ms])
         workers = [
-            WorkerInfo.model_validate({**orjson.loads(info), "age_ms": max(0, int(age))})
-            for age, info in zip(rows[::2], rows[1::2], strict=True)
+            WorkerInfo.model_validate({**orjson.loads(info), **orjson.loads(more or "{}"), "age_ms": max(0, int(age))})
+            for age, info, more in zip(rows[::3], rows[1::3], rows[2::3], strict=True)
         ]
         return sorted(workers, key=lambda worker: worker.started)

@@ -8,10 +8,14 @@ Any Celery app can write and read these. What our own client adds travels in one
 from __future__ import annotations
 
 import binascii
+import bz2
+import lzma
 import os
 import socket
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import orjson
@@ -31,6 +35,9 @@ MAX_HEADER_BYTES = 64 * 1024
 
 ESCAPED = 3
 """How much longer a body can be inside an envelope: a quote becomes two bytes, a letter of two bytes six."""
+
+MOST_INFLATED = 16 * 1024 * 1024
+"""Bytes of a compressed message that is refused, up to which it is unpacked for whoever waits on what follows it."""
 
 MAX_HEADER_DEPTH = 16
 LONGEST_ID = 128
@@ -192,6 +199,32 @@ def _body(body: object, encoding: object) -> str:
         return binascii.a2b_base64(body, strict_mode=True).decode()
     except ValueError:
         raise UndecodableMessage("the message's body is not base64 of UTF-8 text") from None
+
+
+_INFLATE: Mapping[str, Callable[[], Any]] = {
+    "application/x-gzip": zlib.decompressobj,
+    "application/x-bz2": bz2.BZ2Decompressor,
+    "application/x-lzma": partial(lzma.LZMADecompressor, memlimit=MOST_INFLATED),
+}
+"""By the names that kombu has for them."""
+
+
+def salvaged_body(message: Mapping[str, Any]) -> str:
+    """The body of a message that is refused, as far as it can be read without harm; empty where it cannot.
+
+    It is read for the sake of those who wait on what was to follow the request. Of what is compressed, no more than
+    :data:`MOST_INFLATED` bytes are unpacked.
+    """
+    headers, properties, body = message.get("headers"), message.get("properties"), message.get("body")
+    compression = headers.get("compression") if isinstance(headers, dict) else None
+    encoding = properties.get("body_encoding") if isinstance(properties, dict) else None
+    try:
+        if not compression or not isinstance(body, str):
+            return _body(body, encoding)
+        inflate = _INFLATE[str(compression)]()
+        return str(inflate.decompress(binascii.a2b_base64(body), MOST_INFLATED).decode())
+    except (UndecodableMessage, KeyError, ValueError, zlib.error, lzma.LZMAError, OSError, EOFError):
+        return ""
 
 
 def _shown(value: object) -> str:

@@ -5,12 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +13,25 @@ import pytest
 import redis
 import yaml
 
-from producer import Client
 from shared.embedded import EmbeddedBroker
-from shared.registry import WorkerInfo
-from shared.settings import Settings
-from shared.settings_loader import load_settings
+from tests.support.fleet import FAKE, FleetUnderTest, merged
+from tests.support.models import Models
+from tests.support.slowest import slowest_files
 
-ROOT = Path(__file__).resolve().parents[1]
-START_SECONDS = 170.0
-STOP_SECONDS = 40.0
 OURS = re.compile(r"(shared|producer|workers)\b")
 
+# Before torch is imported, here and in every process that a test starts: threads of several processes that wait for
+# each other on few cores spin, and tiny models become fifteen times slower.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else every engine core is bound to the same processor
 
-def eventually(condition: Callable[[], Any], timeout: float = 20.0, what: str = "the condition") -> Any:
-    """Wait until ``condition()`` is true and return its value."""
-    deadline = time.monotonic() + timeout
-    while True:
-        value = condition()
-        if value:
-            return value
-        if time.monotonic() > deadline:
-            raise AssertionError(f"{what} did not come true within {timeout} s; last: {value!r}")
-        time.sleep(0.02)
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say where the time went."""
+    if lines := slowest_files(terminalreporter.stats):
+        terminalreporter.section("slowest files")
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +50,13 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedBroker]
         yield embedded
 
 
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """The models of this run; under xdist, of all its processes."""
+    folder = tmp_path_factory.getbasetemp()
+    return Models((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "models-of-the-run")
+
+
 @pytest.fixture
 def redis_client(broker: EmbeddedBroker) -> Iterator[redis.Redis]:
     """A client of an empty broker."""
@@ -65,107 +64,6 @@ def redis_client(broker: EmbeddedBroker) -> Iterator[redis.Redis]:
     client.flushall()
     yield client
     client.close()
-
-
-@dataclass
-class FleetUnderTest:
-    """A configuration on a broker, and the worker processes that run with it."""
-
-    url: str
-    folder: Path
-    config: Path
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    stack: ExitStack = field(default_factory=ExitStack)
-    _client: Client | None = None
-
-    @property
-    def settings(self) -> Settings:
-        """The settings that workers and client share."""
-        return load_settings(self.config, {"REDIS_URL": self.url})
-
-    @property
-    def client(self) -> Client:
-        """A client of this fleet."""
-        if self._client is None:
-            self._client = self.stack.enter_context(Client(settings=self.settings))
-        return self._client
-
-    @property
-    def environ(self) -> dict[str, str]:
-        """The environment of this fleet's processes."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("MUAI_")}
-        return {**kept, "REDIS_URL": self.url, "MUAI_CONFIG": str(self.config), "OMP_NUM_THREADS": "1"}
-
-    def start_worker(
-        self, queues: str = "fake", *, wait: bool = True, environ: dict[str, str] | None = None, level: str = "info"
-    ) -> subprocess.Popen[bytes]:
-        """Start ``celery -A workers worker -Q <queues>`` and wait until it lives."""
-        number = len(self.processes)
-        log = self.folder / f"worker-{number}.log"
-        command = [
-            sys.executable,
-            "-m",
-            "celery",
-            "-A",
-            "workers",
-            "worker",
-            "-Q",
-            queues,
-            "-l",
-            level,
-            "-n",
-            f"w{number}@%h",
-        ]
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env={**self.environ, **(environ or {})}, stdin=subprocess.DEVNULL, stdout=out,
-                stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        self.processes.append(process)
-        if wait:
-            self.wait_live(process)
-        return process
-
-    def wait_live(self, process: subprocess.Popen[bytes], seconds: float = START_SECONDS) -> WorkerInfo:
-        """Wait until the process is in the registry."""
-
-        def live() -> WorkerInfo | None:
-            if process.poll() is not None:
-                raise AssertionError(f"the worker ended with {process.returncode}:\n{self.log(process)[-3000:]}")
-            return next((worker for worker in self.client.fleet() if worker.pid == process.pid), None)
-
-        return eventually(live, seconds, "the worker's announcement")
-
-    def log(self, process: subprocess.Popen[bytes]) -> str:
-        """What a worker has logged."""
-        return (self.folder / f"worker-{self.processes.index(process)}.log").read_text(errors="replace")
-
-    def stop(self) -> None:
-        """Stop everything."""
-        self.stack.close()
-        for process in self.processes:
-            if process.poll() is None:
-                process.terminate()
-        for process in self.processes:
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-FAKE = {
-    "optimization": {"engine_preference": ["fake"]},
-    "models": {"catalog": {"echo": {"path": "fake", "kinds": ["generate", "chat", "embed"], "engines": ["fake"]}}},
-}
-
-
-def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes`` over it, section by section."""
-    out = dict(base)
-    for key, value in changes.items():
-        out[key] = merged(base.get(key, {}), value) if isinstance(value, dict) else value
-    return out
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def transport_options(fleet: Fleet) -> dict[str, Any]:
     """What the transport needs of the worker, and time limits on its connections."""
     settings = fleet.settings.fleet
     return {
-        "services": TransportParts(fleet.settler, fleet.intakes, fleet.signer, fleet.limits),
+        "services": TransportParts(fleet.delivery, fleet.settler, fleet.intakes, fleet.signer, fleet.limits),
         "socket_timeout": min(settings.socket_timeout_seconds, EVENT_TIMEOUT_SECONDS),
         "socket_connect_timeout": settings.connect_timeout_seconds,
         "socket_keepalive": True,
@@ -68,6 +68,7 @@ def create_app(settings: Settings) -> FleetApp:
     url, tls = plain_url(settings.fleet.redis_url), tls_options(settings.fleet) or None
     app = FleetApp("muai", set_as_current=False)
     app.fleet = fleet = Fleet(settings, app)
+    app.loader.override_backends = dict.fromkeys(("redis", "rediss"), "workers.hooks.backend:ChordBackend")
     app.conf.update(
         broker_url=url,
         broker_use_ssl=tls,

@@ -52,7 +52,7 @@ class Fleet:
         self.worker_id = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self.client: redis.Redis = connect(settings.fleet)
         self.limits = LimitsInForce(Limits.of(settings))
-        self.delivery = RedisDelivery(self.client, settings.fleet, self.limits)
+        self.delivery = RedisDelivery(self.client, settings.fleet, self.limits, affinity=self.worker_id)
         self.leases = LeaseKeeper(settings.fleet)
         self.registry = WorkerRegistry(self.client, settings.fleet.silent_after_seconds)
         self.devices = Devices(settings, self.client, self.worker_id)
@@ -163,7 +163,6 @@ class Fleet:
                 models=runner.models.status(),
                 max_batch_size=runner.models.engine.slots or batch,
                 failed={name: str(error)[:500] for name, error in runner.models.failures().items()},
-                quiet_seconds=runner.progress.quiet_seconds(),
             )
             for runner in self._runners
         )
@@ -180,6 +179,11 @@ class Fleet:
             engines=engines,
             in_flight=sum(intake.in_flight for intake in self.intakes.values()),
             limits=limits,
+            quiet_seconds={
+                runner.models.engine.name: seconds
+                for runner in self._runners
+                if (seconds := runner.progress.quiet_seconds()) is not None
+            },
             gpus=self.devices.gpus,
             gpu_problems=self.devices.problems,
         )

@@ -1,11 +1,15 @@
-"""Results come back on one stream per client, read by one thread; those that do not are looked up where they lie."""
+"""Results come back on one stream per client; those that do not are looked up where they lie.
+
+Whoever waits for a result reads the stream, one thread at a time for all: an answer wakes the thread that wants it, and
+no other on the way. The client's own thread reads where nobody waits: for those who are called back, and after a while.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from itertools import islice
 from typing import Any
@@ -13,26 +17,49 @@ from typing import Any
 import redis
 
 from producer.client.records import POLL_SECONDS, Outcome, decode_record, outcome_of
+from producer.client.reply_stream import BLOCK_SECONDS, ReplyStream
+from producer.client.turns import Turns
 from shared import keys
-from shared.broker import connect
 from shared.errors import FleetError
 from shared.settings import FleetSettings
 
 logger = logging.getLogger(__name__)
-
-BLOCK_MS = 1000
-READ_COUNT = 512
-TRIM_ENTRIES = 2048
-TRIM_BYTES = 4 * 1024 * 1024
-"""What has been read is taken off the stream after this many entries or bytes, so that it stays small in the broker."""
-
-WAKE_EXPIRES_SECONDS = 10
 
 ELSEWHERE_SECONDS = 0.2
 """How often the results are looked up that go to another client's stream."""
 
 LOOKED_UP = 1024
 """How many at once. All others are looked up each ``POLL_SECONDS``, the oldest first: their entries may be lost."""
+
+ALONE_SECONDS = 0.1
+"""How long results are left to those who may come to wait for them, before the client's own thread reads them."""
+
+IN_USE_SECONDS = 2.0
+"""How long the client's own thread looks around for work after it was last needed."""
+
+PAUSE_SECONDS = 0.5
+"""How long reading rests after the broker has failed."""
+
+
+class Reply(Future[Outcome]):
+    """A future result. Whoever waits for it reads it; who asks to be called back has it read."""
+
+    def __init__(self, replies: ReplyReader) -> None:
+        super().__init__()
+        self._replies = replies
+
+    def result(self, timeout: float | None = None) -> Outcome:
+        """Wait for the result; raises :class:`TimeoutError`."""
+        return super().result(self._replies.wait(self, timeout))
+
+    def add_done_callback(self, fn: Callable[[Future[Outcome]], object]) -> None:
+        """Call ``fn`` with this future when the result is there."""
+        super().add_done_callback(fn)
+        self._replies.read_for(self)
+
+    def when_done(self, fn: Callable[[], object]) -> None:
+        """Call ``fn`` when somebody has read the result."""
+        super().add_done_callback(lambda _: fn())
 
 
 class ReplyReader:
@@ -41,33 +68,43 @@ class ReplyReader:
     def __init__(self, fleet: FleetSettings, client_id: str) -> None:
         self._fleet = fleet
         self.stream = keys.reply_stream(client_id)
-        self._waiting: dict[str, Future[Outcome]] = {}
+        self._entries = ReplyStream(fleet, self.stream)
+        self._turns = Turns()
+        self._waiting: dict[str, Reply] = {}
+        self._called_back: set[Reply] = set()
         self._elsewhere: dict[str, None] = {}
         self._everything_at = self._elsewhere_at = 0.0
+        self._failing = False
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
+        self._stir = threading.Event()
+        self._parked = False
+        self._used = 0.0
 
     def expect(self, request_ids: list[str]) -> list[Future[Outcome]]:
         """One future a request; the same one for an id that is waited for already."""
+        futures: list[Future[Outcome]] = []
         with self._lock:
-            futures = []
+            if not self._waiting:
+                self._used = time.monotonic()
             for request_id in request_ids:
                 future = self._waiting.get(request_id)
                 if future is None:
-                    future = self._waiting[request_id] = Future()
+                    future = self._waiting[request_id] = Reply(self)
                 futures.append(future)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="muai-replies", daemon=True)
                 self._thread.start()
+            if self._parked:
+                self._stir.set()
         return futures
 
     def forget(self, request_ids: list[str]) -> None:
         """Stop waiting: these were never sent."""
         with self._lock:
             for request_id in request_ids:
-                self._waiting.pop(request_id, None)
-                self._elsewhere.pop(request_id, None)
+                self._drop(request_id)
 
     def watch(self, client: redis.Redis, request_ids: Sequence[str]) -> None:
         """Look these up now, and from time to time those that have no result yet: another client submitted them."""
@@ -88,8 +125,7 @@ class ReplyReader:
     def resolve(self, request_id: str, outcome: Outcome) -> None:
         """Resolve a request's future, where it is waited for."""
         with self._lock:
-            future = self._waiting.pop(request_id, None)
-            self._elsewhere.pop(request_id, None)
+            future = self._drop(request_id)
         if future is not None:
             future.set_result(outcome)
 
@@ -102,26 +138,113 @@ class ReplyReader:
         if outcome is not None:
             self.resolve(request_id, outcome)
 
-    def close(self) -> None:
-        """Stop the thread and give the stream's memory back."""
-        self._closed.set()
-        thread = self._thread
-        if thread is not None:
-            self._wake()
-            thread.join(timeout=BLOCK_MS / 1000 + self._fleet.socket_timeout_seconds)
+    def _drop(self, request_id: str) -> Reply | None:
+        """No longer wait for it; the lock is held."""
+        reply = self._waiting.pop(request_id, None)
+        self._elsewhere.pop(request_id, None)
+        if reply is not None:
+            self._called_back.discard(reply)
+        return reply
 
-    def _wake(self) -> None:
-        """An empty entry ends the reader's blocking read at once; without it, closing would take up to that long."""
-        client = connect(self._fleet, socket_timeout=BLOCK_MS / 1000)
+    # -- who reads --------------------------------------------------------------------------------------------------
+
+    def wait(self, reply: Reply, timeout: float | None) -> float | None:
+        """Wait until it is resolved, reading for all where nobody else does; returns what is left of ``timeout``."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while not (reply.done() or self._closed.is_set()):
+            turn = self._turns.take_or_queue()
+            if turn is None:
+                try:
+                    self._read_until(reply, end)
+                finally:
+                    self._turns.give_up()
+            else:
+                reply.when_done(turn.set)
+                turn.wait(_left(end))
+                self._turns.leave(turn)
+            if _left(end) == 0:
+                break
+        return _left(end)
+
+    def _read_until(self, reply: Reply, end: float | None) -> None:
+        while True:
+            left = _left(end)
+            self._read(BLOCK_SECONDS if left is None else min(BLOCK_SECONDS, left))
+            if reply.done() or self._closed.is_set() or _left(end) == 0:
+                return
+
+    def _read(self, patience: float) -> None:
+        """Resolve what has come, or what comes within ``patience`` seconds."""
         try:
-            with client.pipeline(transaction=True) as pipe:
-                pipe.xadd(self.stream, {b"wake": b""})
-                pipe.expire(self.stream, WAKE_EXPIRES_SECONDS)
-                pipe.execute()
+            self._look_up(self._entries.client, self._due())
+            records = self._entries.read(min(patience, ELSEWHERE_SECONDS) if self._elsewhere else patience)
         except (redis.RedisError, OSError) as error:
-            logger.info("closing waits for the reader: %s", error)
-        finally:
-            client.close()
+            if not self._failing:  # once an outage
+                logger.warning("cannot read results, trying again: %s", error)
+            self._failing = True
+            self._closed.wait(min(PAUSE_SECONDS, patience))
+            return
+        self._failing = False
+        if records:
+            self._used = time.monotonic()
+        for record in records:
+            self.resolve_record(record)
+
+    def read_for(self, reply: Reply) -> None:
+        """Somebody is to be called back: let the client's own thread read."""
+        with self._lock:
+            if not reply.done():
+                self._called_back.add(reply)
+                self._stir.set()
+
+    def _run(self) -> None:
+        """Read for those who do not wait."""
+        while not self._closed.is_set():
+            offered = True
+            if self._is_left_alone() and self._turns.take():
+                try:
+                    self._read(BLOCK_SECONDS)
+                finally:
+                    offered = self._turns.give_up()
+            if offered:
+                self._rest()
+
+    def _is_left_alone(self) -> bool:
+        """Whether there are results that nobody comes to wait for."""
+        if self._called_back:
+            return True
+        return bool(self._waiting) and time.monotonic() - self._used > ALONE_SECONDS
+
+    def _rest(self) -> None:
+        """Until there may be something to do: for a moment, or, where the client is not in use, until it is."""
+        with self._lock:
+            if self._called_back and not self._turns.taken:
+                return
+            self._parked = not self._waiting and time.monotonic() - self._used > IN_USE_SECONDS
+            self._stir.clear()
+        self._stir.wait(None if self._parked else ALONE_SECONDS)
+
+    def close(self) -> None:
+        """Stop reading, and give the stream's memory back."""
+        self._closed.set()
+        self._stir.set()
+        if self._thread is None:
+            return
+        limit = BLOCK_SECONDS + self._fleet.socket_timeout_seconds
+        turn = self._turns.take_or_queue()
+        if turn is not None:
+            try:
+                self._entries.wake()
+            except (redis.RedisError, OSError) as error:
+                logger.info("closing waits for the reader: %s", error)
+            turn.wait(limit)
+        self._thread.join(timeout=limit)
+        try:
+            self._entries.close()
+        except (redis.RedisError, OSError) as error:
+            logger.info("the reply stream stays until it expires: %s", error)
+
+    # -- looking up -------------------------------------------------------------------------------------------------
 
     def _due(self) -> list[str]:
         """The requests whose results are to be looked up now."""
@@ -143,36 +266,7 @@ class ReplyReader:
                 if record is not None:
                     self._resolve_stored(request_id, record)
 
-    def _run(self) -> None:
-        client = connect(self._fleet, socket_timeout=BLOCK_MS / 1000 + self._fleet.socket_timeout_seconds)
-        last = b"0"
-        entries_read = bytes_read = 0
-        failing = False
-        while not self._closed.is_set():
-            try:
-                self._look_up(client, self._due())
-                block = int(1000 * ELSEWHERE_SECONDS) if self._elsewhere else BLOCK_MS
-                replies: Any = client.xread({self.stream: last}, count=READ_COUNT, block=block)
-                failing = False
-                if not replies:
-                    continue
-                entries = replies[0][1]
-                for entry_id, fields in entries:
-                    if b"m" in fields:
-                        self.resolve_record(fields[b"m"])
-                    last = entry_id
-                    bytes_read += sum(map(len, fields.values()))
-                entries_read += len(entries)
-                if entries_read >= TRIM_ENTRIES or bytes_read >= TRIM_BYTES:
-                    client.xtrim(self.stream, minid=last, approximate=False)
-                    entries_read = bytes_read = 0
-            except (redis.RedisError, OSError) as error:
-                if not failing:  # once an outage
-                    logger.warning("cannot read results, trying again: %s", error)
-                failing = True
-                self._closed.wait(0.5)
-        try:
-            client.delete(self.stream)
-        except (redis.RedisError, OSError) as error:
-            logger.info("the reply stream stays until it expires: %s", error)
-        client.close()
+
+def _left(end: float | None) -> float | None:
+    """Seconds until ``end``; ``None`` where there is none."""
+    return None if end is None else max(0.0, end - time.monotonic())

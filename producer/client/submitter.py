@@ -12,6 +12,7 @@ from producer.client.submission import Submission
 from shared import keys, wire
 from shared.broker import broker_errors, lua
 from shared.contract import DEFAULT_TENANT, EngineName
+from shared.direct import DirectScript
 from shared.errors import QueueFull, QuotaExceeded
 from shared.settings import Settings, TenantSettings
 from shared.signing import Signer
@@ -45,7 +46,7 @@ class Submitter:
         self._reply = reply
         signer = Signer(settings.fleet.signing_key)
         self._sign = signer.sign if signer else None
-        self._script = client.register_script(lua("shared", "submit"))
+        self._script = DirectScript(client, lua("shared", "submit"))
 
     def submit(self, submissions: Sequence[tuple[Submission, EngineName]], sent: float) -> list[bool]:
         """Push all of them or none; ``False`` for one whose id is under way or has its answer.

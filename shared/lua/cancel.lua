@@ -5,10 +5,10 @@
 -- ARGV[1]  result record
 -- ARGV[2]  seconds that results are kept
 -- Returns  1, or 0 where the request had ended before
-local existing = redis.call('GET', KEYS[1])
+local existing = redis.pcall('GET', KEYS[1]) -- an error where the key is no text: then it is overwritten
 if existing then
   local ok, record = pcall(cjson.decode, existing)
-  local status = ok and record.status
+  local status = ok and type(record) == 'table' and record.status
   if status == 'SUCCESS' or status == 'FAILURE' or status == 'REVOKED' then return 0 end
 end
 local time = redis.call('TIME')

@@ -54,6 +54,9 @@ local function length(queue, tenant)
   local total = 0
   for _, step in ipairs(steps) do
     total = total + redis.call('LLEN', lane_of(queue .. step, tenant))
+    for _, affinity in ipairs(redis.call('HKEYS', affine_lanes(queue .. step, tenant))) do
+      total = total + redis.call('LLEN', lane_of(queue .. step, tenant, affinity))
+    end
   end
   return total
 end
@@ -129,8 +132,7 @@ for _, group in ipairs(groups) do
   for i = group.first, group.last, 2 do out[#out + 1] = pushed[i] or 0 end
   if #messages > 0 then
     redis.call('ZADD', KEYS[1], unpack(marks)) -- the first write: a full broker refuses it
-    redis.call('HSETNX', 'muai:queue:' .. group.queue, 'bytes', 0)
-    push(group.list, 'L', messages)
+    push(group.list, 'L', messages, true)
   end
 end
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - 1000 * ttl)

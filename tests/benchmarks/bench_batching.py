@@ -17,8 +17,8 @@ from rich.table import Table
 
 from producer import Client
 from shared.settings_loader import load_settings
-from tests.benchmarks.harness import celery_worker, median, scratch_broker, wait_for, write_yaml
-from tests.tiny_models import make_llama
+from tests.benchmarks.harness import celery_worker, median, parsed, scratch_broker, wait_for, write_yaml
+from tests.support.tiny_models import make_llama
 
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4}
 CALLERS = 64
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="of load, each fleet and round")
     parser.add_argument("--lone", type=int, default=60, help="lone requests, each fleet and round")
     parser.add_argument("--engine", default="pytorch", choices=("pytorch", "onnx"))
-    options = parser.parse_args()
+    options = parsed(parser, rounds=1, seconds=0.5, lone=2)
     os.environ["OMP_NUM_THREADS"] = "1"
     with scratch_broker() as (folder, url):
         model = make_llama(folder / "model", **SIZES)

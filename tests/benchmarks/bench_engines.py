@@ -26,8 +26,8 @@ from rich.table import Table
 from producer import AsyncClient, Client
 from shared.settings import Settings
 from shared.settings_loader import load_settings
-from tests.benchmarks.harness import ROOT, celery_worker, median, scratch_broker, wait_for, write_yaml
-from tests.tiny_models import make_llama
+from tests.benchmarks.harness import celery_worker, ending, median, parsed, scratch_broker, wait_for, write_yaml
+from tests.support.tiny_models import make_llama
 
 LARGE = {
     "hidden_size": 512, "intermediate_size": 1664, "num_hidden_layers": 9, "num_attention_heads": 8,
@@ -42,6 +42,9 @@ MAX_TOKENS = 32
 Side = Callable[[list[str]], float]
 """Answers prompts and returns the seconds it took."""
 
+Found = tuple[float, float, float]
+"""Requests/s of the baseline and of the fleet, and the fleet's share of the baseline's."""
+
 
 def prompts(number: int, round_: int) -> list[str]:
     """Prompts of some 30 tokens, other ones in each round: no prefix is cached from the round before."""
@@ -51,13 +54,11 @@ def prompts(number: int, round_: int) -> list[str]:
 @contextmanager
 def direct(name: str, model: Path, log: Path) -> Iterator[Side]:
     """An engine in a process of its own."""
+    command = [sys.executable, "-m", "tests.benchmarks.engine_direct", name, str(model), str(BATCH)]
     with (
         log.open("wb") as err,
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.benchmarks.engine_direct", name, str(model), str(BATCH)],
-            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True,
-        ) as process,
-    ):  # fmt: skip
+        ending(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True) as process,
+    ):
         assert process.stdin is not None
         assert process.stdout is not None
         if process.stdout.readline().strip() != "ready":
@@ -68,8 +69,6 @@ def direct(name: str, model: Path, log: Path) -> Iterator[Side]:
             return float(process.stdout.readline())
 
         yield run
-        process.stdin.close()
-        process.wait(60)
 
 
 @contextmanager
@@ -119,13 +118,12 @@ def through(client: Client) -> Side:
     return run
 
 
-def compare(name: str, model: Path, folder: Path, url: str, number: int, rounds: int) -> tuple[float, float, float]:
-    """Requests/s directly and through the fleet, and the median ratio of the rounds."""
+def compare(name: str, model: Path, folder: Path, settings: Settings, number: int, rounds: int) -> Found:
+    """An engine called directly, in the best of its forms, and the fleet."""
     baselines = ["transformers", "pytorch"] if name == "pytorch" else [name]
     ratios, rates = [], []
     with ExitStack() as stack:
         sides = [stack.enter_context(direct(side, model, folder / f"direct-{side}.log")) for side in baselines]
-        settings = stack.enter_context(fleet(name, model, folder, url))
         own = through(stack.enter_context(Client(settings=settings)))
         for side in [*sides, own]:
             side(prompts(number, 0))
@@ -153,13 +151,9 @@ def vllm_server(model: Path, log: Path) -> Iterator[str]:
         "--max-num-seqs", str(BATCH), "--disable-log-stats",
     ]  # fmt: skip
     environ = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", **os.environ}
-    with log.open("wb") as out, subprocess.Popen(command, env=environ, stdout=out, stderr=out) as process:
-        try:
-            wait_for(lambda: _listens(port), "vLLM's server does not listen")
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(60)
+    with log.open("wb") as out, ending(command, env=environ, stdout=out, stderr=out):
+        wait_for(lambda: _listens(port), "vLLM's server does not listen")
+        yield f"http://127.0.0.1:{port}"
 
 
 def _listens(port: int) -> bool:
@@ -201,10 +195,10 @@ async def fleet_load(settings: Settings, asked: list[str]) -> float:
         return time.perf_counter() - started
 
 
-def compare_server(model: Path, folder: Path, url: str, number: int, rounds: int) -> tuple[float, float, float]:
-    """Requests/s of vLLM's server and of the fleet, and the median ratio of the rounds."""
+def compare_server(model: Path, folder: Path, settings: Settings, number: int, rounds: int) -> Found:
+    """VLLM's server and the fleet on vLLM."""
     rates, ratios = [], []
-    with vllm_server(model, folder / "server.log") as server, fleet("vllm", model, folder, url) as settings:
+    with vllm_server(model, folder / "server.log") as server:
         for round_ in range(rounds + 1):
             asked = prompts(number, 100 + round_)
             theirs = asyncio.run(http_load(server, asked))
@@ -215,23 +209,53 @@ def compare_server(model: Path, folder: Path, url: str, number: int, rounds: int
     return median([a for a, _ in rates]), median([b for _, b in rates]), median(ratios)
 
 
-def compare_unbatched(model: Path, folder: Path, url: str, number: int, rounds: int) -> tuple[float, float, float]:
-    """Requests/s of PyTorch one by one and of the fleet on vLLM with CALLERS callers, and the ratio of their medians.
+def one_by_one(model: Path, log: Path, number: int, rounds: int, first: int) -> list[float]:
+    """Requests/s of PyTorch that is given one request at a time, in each round."""
+    few = max(8, number // 8)
+    with direct("pytorch-unbatched", model, log) as alone:
+        alone(prompts(few, first))
+        return [few / alone(prompts(few, first + round_)) for round_ in range(1, rounds + 1)]
 
-    One after the other, PyTorch before and after: an idle engine beside it would take processor time from its threads.
+
+def compare_vllm(
+    model: Path, folder: Path, url: str, number: int, rounds: int, *, itself: bool
+) -> Iterator[tuple[str, Found]]:
+    """VLLM through the fleet against its server, against PyTorch without batches and, where asked, against ``itself``.
+
+    PyTorch comes before and after: an idle engine beside it would take processor time from its threads.
     """
-
-    def one_by_one(first: int) -> list[float]:
-        few = max(8, number // 8)
-        with direct("pytorch-unbatched", model, folder / "unbatched.log") as alone:
-            alone(prompts(few, first))
-            return [few / alone(prompts(few, first + round_)) for round_ in range(1, rounds + 1)]
-
-    theirs = one_by_one(200)
+    log = folder / "unbatched.log"
+    alone = one_by_one(model, log, number, rounds, 200)
     with fleet("vllm", model, folder, url) as settings:
-        ours = [number / asyncio.run(fleet_load(settings, prompts(number, 300 + r))) for r in range(rounds + 1)][1:]
-    theirs += one_by_one(400)
-    return median(theirs), median(ours), median(ours) / median(theirs)
+        loads = [asyncio.run(fleet_load(settings, prompts(number, 300 + round_))) for round_ in range(rounds + 1)]
+        if itself:
+            yield "fleet_vs_engine_vllm", compare("vllm", model, folder, settings, number, rounds)
+        yield "fleet_vs_vllm_serve", compare_server(model, folder, settings, number, rounds)
+    alone += one_by_one(model, log, number, rounds, 400)
+    theirs, ours = median(alone), median([number / seconds for seconds in loads[1:]])
+    yield "vllm_vs_pytorch_unbatched", (theirs, ours, ours / theirs)
+
+
+def comparisons(options: argparse.Namespace, folder: Path, url: str) -> Iterator[tuple[str, Found]]:
+    """What was asked for, one comparison after the other."""
+    engines = [] if options.server_only else options.engines.split(",")
+    for name in [name for name in engines if find_spec(LIBRARIES[name]) is None]:
+        print(f"{name} is not installed: make setup-engines", file=sys.stderr)
+        engines.remove(name)
+    large = make_llama(folder / "large", **(SMALL if options.short else LARGE))
+    server = not options.no_server and "vllm" in options.engines and find_spec("vllm") is not None
+    if server:
+        yield from compare_vllm(large, folder, url, options.requests, options.rounds, itself="vllm" in engines)
+    for name in engines:
+        if name != "vllm" or not server:
+            with fleet(name, large, folder, url) as settings:
+                found = compare(name, large, folder, settings, options.requests, options.rounds)
+                yield f"fleet_vs_engine_{name}", found
+        if options.small_requests:
+            small = folder / "small" if (folder / "small").exists() else make_llama(folder / "small", **SMALL)
+            with fleet(name, small, folder, url) as settings:
+                found = compare(name, small, folder, settings, options.small_requests, options.rounds)
+                yield f"fleet_vs_engine_{name}_small", found
 
 
 def main() -> None:
@@ -240,29 +264,15 @@ def main() -> None:
     parser.add_argument("--engines", default=",".join(LIBRARIES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=128, help="each side and round, with the large model")
-    parser.add_argument("--small-requests", type=int, default=1024, help="each side and round, with the small model")
+    parser.add_argument("--small-requests", type=int, default=1024, help="the same with the small one; 0 leaves it out")
     parser.add_argument("--no-server", action="store_true", help="leave vLLM's own server out")
     parser.add_argument("--server-only", action="store_true", help="nothing but vLLM against its server and PyTorch")
-    options = parser.parse_args()
-    rows: list[tuple[str, tuple[float, float, float]]] = []
-
-    def add(name: str, found: tuple[float, float, float]) -> None:
-        rows.append((name, found))
-        print(f"{name}: {found[0]:.1f} and {found[1]:.1f} requests/s", file=sys.stderr, flush=True)
-
+    options = parsed(parser, rounds=1, requests=16, small_requests=0)
+    rows: list[tuple[str, Found]] = []
     with scratch_broker() as (folder, url):
-        large = make_llama(folder / "large", **LARGE)
-        small = make_llama(folder / "small", **SMALL)
-        for name in () if options.server_only else options.engines.split(","):
-            if find_spec(LIBRARIES[name]) is None:
-                print(f"{name} is not installed: make setup-engines", file=sys.stderr)
-                continue
-            add(f"fleet_vs_engine_{name}", compare(name, large, folder, url, options.requests, options.rounds))
-            found = compare(name, small, folder, url, options.small_requests, options.rounds)
-            add(f"fleet_vs_engine_{name}_small", found)
-        if "vllm" in options.engines and find_spec("vllm") is not None and not options.no_server:
-            add("fleet_vs_vllm_serve", compare_server(large, folder, url, options.requests, options.rounds))
-            add("vllm_vs_pytorch_unbatched", compare_unbatched(large, folder, url, options.requests, options.rounds))
+        for name, found in comparisons(options, folder, url):
+            rows.append((name, found))
+            print(f"{name}: {found[0]:.1f} and {found[1]:.1f} requests/s", file=sys.stderr, flush=True)
     table = Table(title=f"{MAX_TOKENS} tokens a request, medians of {options.rounds} rounds", title_justify="left")
     for column in ("", "baseline, requests/s", "fleet, requests/s", "ratio"):
         table.add_column(column, justify="right" if column else "left")

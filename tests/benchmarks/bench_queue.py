@@ -6,7 +6,8 @@ others run as theirs do, with a result for every request; dramatiq has the threa
 
 Beside them, the floor under a lone request on this machine: a message through two lists of the broker and back.
 
-After that, ours alone: what a worker costs that has nothing to do, and what a request costs while a million wait.
+After that, ours alone: what a worker costs that has nothing to do, what a lone message costs the broker where many
+workers wait for it, and what a request costs while a million wait.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from rich.table import Table
 
 from producer import Client
 from shared.settings_loader import load_settings
+from tests.benchmarks.broker_commands import commands_per_message, more_workers
 from tests.benchmarks.harness import (
     broker_process,
     celery_worker,
     cpu_seconds,
     median,
     module_process,
+    parsed,
     scratch_broker,
     wait_for,
     write_yaml,
@@ -47,6 +50,8 @@ PAUSE_SECONDS = 0.02
 """A lone request comes up to this long after the answer to the one before, at random: it meets timers by chance."""
 
 SHALLOW = 1000
+IDLE_WORKERS = 8
+"""Workers that wait while lone messages come, where their commands are counted."""
 
 DRAMATIQ = ["dramatiq", "tests.benchmarks.plain_dramatiq", "-p", "1", "-t", "32"]
 """Fewer threads, two processes or a longer prefetch were no faster."""
@@ -124,7 +129,10 @@ def main() -> None:
     parser.add_argument("--waiting", type=int, default=1_000_000, help="requests that wait in the deep queue")
     parser.add_argument("--depth-rounds", type=int, default=3, help="times that the two depths are compared")
     parser.add_argument("--depth-count", type=int, default=20000, help="requests consumed at each depth")
-    options = parser.parse_args()
+    options = parsed(
+        parser, rounds=1, count=300, plain_count=40, dramatiq_count=100, idle=20, idle_seconds=0.5, waiting=3000,
+        depth_rounds=1, depth_count=1000,
+    )  # fmt: skip
     require_memory(options.waiting)
     with scratch_broker() as (folder, url):
         config = write_yaml(folder / "fleet.yaml", CONFIG)
@@ -166,12 +174,16 @@ def main() -> None:
                 for side in sides:
                     side.warm_up()
                 ping()
-                rounds, floor = [], []
+                rounds, floors = [], []
                 for _ in range(options.rounds):
-                    rounds.append([side.measure() for side in sides])
-                    floor += lone_ms(ping, options.idle)
+                    ours_now = fleet.measure()
+                    floors.append(lone_ms(ping, options.idle))
+                    rounds.append([ours_now, *(side.measure() for side in sides[1:])])
             idle_percent = idle_cpu_percent(worker, options.idle_seconds)
             with redis.Redis.from_url(url) as connection:
+                commands = commands_per_message(connection, one, options.idle)
+                with more_workers(IDLE_WORKERS - 1, environ, folder, client):
+                    crowd = commands_per_message(connection, one, options.idle)
                 backlog = Backlog(connection, "fake", "echo")
                 costs = []
                 for _ in range(options.depth_rounds):
@@ -180,9 +192,9 @@ def main() -> None:
                     backlog.drop()
                     costs.append((shallow, deep))
     show([side.name for side in sides], rounds)
-    floor.sort()
-    print(f"floor_p50_ms: {floor[len(floor) // 2]:.3f}")
-    print(f"floor_p99_ms: {floor[int(len(floor) * 0.99)]:.3f}")
+    show_floor([sides[0].idle_ms for sides in rounds], floors)
+    print(f"commands_per_message: {commands:.1f}")
+    print(f"commands_per_message_{IDLE_WORKERS}_idle_vs_1: {crowd / commands:.2f}")
     each = ", ".join(f"{shallow:.0f} -> {deep:.0f}" for shallow, deep in costs)
     print(f"worker and broker us/request, {SHALLOW:,} -> {options.waiting:,} waiting, a round each: {each}")
     print(f"cost_at_1m_vs_1k: {median([deep / shallow for shallow, deep in costs]):.3f}")
@@ -224,6 +236,21 @@ def idle_cpu_percent(worker: psutil.Process, seconds: float) -> float:
     return (cpu_seconds(worker) - spent) / (time.perf_counter() - started) * 100
 
 
+def percentile_99(rounds: list[list[float]]) -> float:
+    """Of the latencies of all rounds together: one round has too few."""
+    latencies = sorted(ms for found in rounds for ms in found)
+    return latencies[int(len(latencies) * 0.99)]
+
+
+def show_floor(idle: list[list[float]], floors: list[list[float]]) -> None:
+    """Lone requests against the floor that was measured right after them."""
+    ratio = median([median(ours) / median(floor) for ours, floor in zip(idle, floors, strict=True)])
+    print(f"floor_p50_ms: {median([ms for floor in floors for ms in floor]):.3f}")
+    print(f"floor_p99_ms: {percentile_99(floors):.3f}")
+    print(f"idle_p50_vs_floor: {ratio:.2f}")
+    print(f"idle_p99_vs_floor: {percentile_99(idle) / percentile_99(floors):.2f}")
+
+
 def show(names: list[str], rounds: list[list[Round]]) -> None:
     """A table for people, then the figures."""
     columns: dict[str, Callable[[Round], float]] = {
@@ -237,8 +264,7 @@ def show(names: list[str], rounds: list[list[Round]]) -> None:
                   title_justify="left")  # fmt: skip
     for column in ("", *columns, "lone p99 ms"):
         table.add_column(column, justify="right")
-    lone = [sorted(ms for sides in rounds for ms in sides[side].idle_ms) for side in range(len(names))]
-    p99 = [latencies[int(len(latencies) * 0.99)] for latencies in lone]
+    p99 = [percentile_99([sides[side].idle_ms for sides in rounds]) for side in range(len(names))]
     for side, name in enumerate(names):
         values = [median([value(sides[side]) for sides in rounds]) for value in columns.values()]
         table.add_row(name, *(f"{value:,.{2 if value < 10 else 0}f}" for value in values), f"{p99[side]:.2f}")

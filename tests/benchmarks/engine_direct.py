@@ -75,7 +75,8 @@ def vllm_run(path: str, batch: int) -> Run:
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    arguments, _ = engine_arguments(ModelSpec(name="m", path=path, kinds=("generate",)), settings, not on_cuda())
+    spec = ModelSpec(name="m", path=path, kinds=("generate",))
+    arguments, _ = engine_arguments(spec, settings, not on_cuda(), Path(path).parent)
     arguments.pop("kv_events_config", None)
     loop = asyncio.new_event_loop()
     count = iter(range(1 << 60))

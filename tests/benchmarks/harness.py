@@ -1,14 +1,16 @@
-"""What the benchmarks share: a broker, worker processes, processor time, medians."""
+"""What the benchmarks share: options, a broker, processes that end, processor time, medians."""
 
 from __future__ import annotations
 
+import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,18 @@ from shared.embedded import EmbeddedBroker
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120.0
+STOP_SECONDS = 30.0
+
+
+def parsed(parser: argparse.ArgumentParser, **short: Any) -> argparse.Namespace:
+    """The options of a benchmark. ``--short`` puts these values in the place of defaults.
+
+    The short form shows in seconds that the benchmark runs. Its figures say nothing.
+    """
+    parser.add_argument("--short", action="store_true", help="a few seconds of it; its figures say nothing")
+    if parser.parse_args().short:
+        parser.set_defaults(**short)
+    return parser.parse_args()
 
 
 @contextmanager
@@ -45,20 +59,30 @@ def celery_worker(
 @contextmanager
 def module_process(arguments: Sequence[str], environ: dict[str, str], log: Path) -> Iterator[psutil.Process]:
     """``python -m`` with these arguments in a process of its own, stopped at the end."""
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *arguments], cwd=ROOT, env={**os.environ, **environ},
-            stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    try:
+    command = [sys.executable, "-m", *arguments]
+    with (
+        log.open("wb") as out,
+        ending(command, env={**os.environ, **environ}, stdin=subprocess.DEVNULL, stdout=out, stderr=out) as process,
+    ):
         yield psutil.Process(process.pid)
+
+
+@contextmanager
+def ending(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A process that leads a group of its own. It is told to stop at the end, and what is left of its group is killed.
+
+    An engine's library starts processes that outlive the one that started them.
+    """
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **options)
+    try:
+        yield process
     finally:
         process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def wait_for(condition: Any, what: str) -> None:

@@ -24,8 +24,9 @@ from shared.registry import EngineInfo, ServedModel, WorkerInfo, WorkerRegistry
 from shared.signing import Signer
 from tests.compatibility import RELEASES, records_in, restore
 from tests.compatibility import read_json as read
-from tests.conftest import ROOT, FleetUnderTest, eventually
-from tests.integration.client.test_submitting import bare_app
+from tests.support.fleet import ROOT, FleetUnderTest
+from tests.support.requests import bare_app
+from tests.support.waiting import eventually
 
 SIGNING_KEY = "the signing key of the recorded fleet"
 

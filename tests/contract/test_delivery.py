@@ -69,7 +69,7 @@ def test_a_request_is_claimed_settled_and_answered(side: Side):
     (message,) = side.delivery.claim(QUEUE, 5).messages
 
     written = side.delivery.settle(
-        [Settlement(message.lease, result_key=keys.result_key("a"), record=success("a"), reply=REPLY)]
+        [Settlement(message.lease, result_key=keys.result_key("a"), record=success("a"), reply=REPLY, request_id="a")]
     )
 
     state = side.state()
@@ -171,6 +171,21 @@ def test_an_id_runs_once_at_a_time(side: Side):
     assert side.delivery.begin([(first, "other")]) == [Verdict.WAIT]
     side.delivery.settle([Settlement(first, result_key=keys.result_key("a"), record=success("a"))])
     assert side.delivery.begin([(second, "a")]) == [Verdict.DONE]
+
+
+def test_a_delayed_request_that_is_cancelled_comes_back_at_once(side: Side):
+    """It is ended by whoever claims it then; begun again, it is known to be cancelled."""
+    side.submit("fake", "a", b"message")
+    (lease,) = leases_of(side.delivery.claim(QUEUE, 5))
+    side.delivery.settle([Settlement(lease, due_ms=int(4e12), request_id="a")])
+    assert side.delivery.sweep()[1] == []
+    assert side.delivery.claim(QUEUE, 5).messages == []
+
+    side.cancel("a", cancelled_record("a"))
+    side.delivery.sweep()
+
+    (again,) = leases_of(side.delivery.claim(QUEUE, 5))
+    assert side.delivery.begin([(again, "a")]) == [Verdict.REVOKED]
 
 
 def claimed(side: Side, size: int) -> str:
@@ -330,10 +345,10 @@ class SameOnBoth(RuleBasedStateMachine):
         key, error = keys.result_key(request_id), EngineError("it broke")
         failure = wire.failure_meta(request_id, error)
         return {
-            "done": Settlement(lease),
-            "result": Settlement(lease, key, success(request_id), REPLY),
-            "error": Settlement(lease, key, failure, REPLY),
-            "revoked": Settlement(lease, key, cancelled_record(request_id), REPLY),
+            "done": Settlement(lease, request_id=request_id),
+            "result": Settlement(lease, key, success(request_id), REPLY, request_id=request_id),
+            "error": Settlement(lease, key, failure, REPLY, request_id=request_id),
+            "revoked": Settlement(lease, key, cancelled_record(request_id), REPLY, request_id=request_id),
             "hop": Settlement(
                 lease, key, wire.failure_meta(request_id, error, status="RETRY"), push_list=LISTS[-2],
                 push_message=f"hopped-{request_id}", push_front=True,
@@ -341,9 +356,9 @@ class SameOnBoth(RuleBasedStateMachine):
             "unserved": Settlement(lease, push_list=LISTS[-1], push_message=f"moved-{request_id}"),
             "back": Settlement.give_back(lease),
             "again": Settlement.give_back(lease, f"again-{request_id}"),
-            "delay": Settlement(lease, due_ms=int(self.clock.now * 1000) + 4000),
-            "dead": Settlement(lease, key, failure, REPLY, dead_reason="it made no sense"),
-            "silent": Settlement(lease, "", success(request_id), REPLY),
+            "delay": Settlement(lease, due_ms=int(self.clock.now * 1000) + 4000, request_id=request_id),
+            "dead": Settlement(lease, key, failure, REPLY, dead_reason="it made no sense", request_id=request_id),
+            "silent": Settlement(lease, "", success(request_id), REPLY, request_id=request_id),
         }[end]  # fmt: skip
 
     @rule()

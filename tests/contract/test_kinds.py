@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +13,12 @@ import pytest
 from shared.contract import InferenceRequest, Kind
 from shared.errors import ContextTooLong, EngineLoadError, UnsupportedKind
 from shared.settings import ModelSpec, Settings
-from tests.contract.test_engines import ENGINES, folder, load, one_thread, prompts, run  # noqa: F401  # fixtures
 from tests.contract.told import check_progress, check_texts
-from tests.tiny_models import (
+from tests.support.engines import ENGINES, prompts, run
+from tests.support.tiny_models import (
     CONTEXT,
     PREFIX,
     classified_reference,
-    make_bart,
-    make_bert,
-    make_bert_classifier,
-    make_llama,
-    make_roberta,
-    make_t5,
     mean_vectors,
     rewritten_reference,
 )
@@ -36,29 +30,6 @@ TEXTS = 40
 MAX_TOKENS = 10
 
 pytestmark = pytest.mark.timeout(300)
-
-MAKERS: dict[str, Callable[[Path], Path]] = {
-    "three": make_bert_classifier,
-    "several": lambda path: make_bert_classifier(path, problem_type="multi_label_classification"),
-    "score": lambda path: make_bert_classifier(path, labels=1),
-    "fits": lambda path: make_bert_classifier(path, labels=2),
-    "t5": make_t5,
-    "bart": make_bart,
-    "bert": make_bert,
-    "roberta": make_roberta,
-    "llama": make_llama,
-}
-
-
-@pytest.fixture(scope="module")
-def path(folder: Path) -> Callable[[str], Path]:  # noqa: F811
-    """The tiny model of a name, made once."""
-
-    def path(name: str) -> Path:
-        where = folder / name
-        return where if where.exists() else MAKERS[name](where)
-
-    return path
 
 
 def ask(kind: str, texts: list[str] | str, **fields: object) -> InferenceRequest:
@@ -85,14 +56,14 @@ def in_threes(kind: str, texts: list[str], **fields: object) -> list[InferenceRe
 
 
 @pytest.mark.parametrize(("engine", "name"), [("pytorch", "three"), ("onnx", "three"), ("pytorch", "several")])
-def test_classes_equal_transformers(load, path, engine: str, name: str) -> None:  # noqa: F811
+def test_classes_equal_transformers(load, models, engine: str, name: str) -> None:
     """Probabilities of every label, batched: those of each text alone; a multi-label head's by themselves."""
-    model = load(engine, name, path(name), kinds=["classify"])
+    model = load(engine, name, kinds=["classify"])
     texts = prompts(TEXTS)
 
     found = [outcome.outputs for outcome in run(model, in_threes("classify", texts), 8)]
 
-    logits = classified_reference(path(name), texts)
+    logits = np.array(models.answers(classified_reference, models.path(name), texts))
     exp = np.exp(logits)
     expected = 1 / (1 + 1 / exp) if name == "several" else exp / exp.sum(1, keepdims=True)
     scores = np.array([row for outputs in found for row in outputs["scores"]])
@@ -102,14 +73,15 @@ def test_classes_equal_transformers(load, path, engine: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("engine", "name"), [("pytorch", "score"), ("onnx", "score"), ("pytorch", "fits")])
-def test_reranking_equals_transformers(load, path, engine: str, name: str) -> None:  # noqa: F811
+def test_reranking_equals_transformers(load, models, engine: str, name: str) -> None:
     """Each text is scored as a pair with the query; the order is from the best to the worst."""
-    model = load(engine, name, path(name), kinds=["rerank"])
+    model = load(engine, name, kinds=["rerank"])
     texts = prompts(TEXTS)
 
     found = [outcome.outputs for outcome in run(model, in_threes("rerank", texts, query="what is it?"), 8)]
 
-    expected = classified_reference(path(name), ["what is it?"] * len(texts), texts)[:, -1]
+    pairs = ["what is it?"] * len(texts), texts
+    expected = np.array(models.answers(classified_reference, models.path(name), *pairs))[:, -1]
     assert np.abs(np.array([score for outputs in found for score in outputs["scores"]]) - expected).max() < 1e-4
     for outputs in found:
         scores = outputs["scores"]
@@ -119,15 +91,15 @@ def test_reranking_equals_transformers(load, path, engine: str, name: str) -> No
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("name", "prefix"), [("t5", PREFIX), ("bart", "")])
 @pytest.mark.parametrize("size", [1, 16])
-def test_rewritten_tokens_equal_transformers(load, path, engine: str, name: str, prefix: str, size: int) -> None:  # noqa: F811
+def test_rewritten_tokens_equal_transformers(load, models, engine: str, name: str, prefix: str, size: int) -> None:
     """Summaries of texts of mixed length, alone and in batches: the tokens transformers.generate gives each alone."""
-    model = load(engine, name, path(name), kinds=["summarize", "translate"])
+    model = load(engine, name, kinds=["summarize", "translate"])
     texts = prompts(TEXTS)
 
     outcomes = run(model, in_threes("summarize", texts, params={"max_tokens": MAX_TOKENS}), size)
     found = [outcome.outputs for outcome in outcomes]
 
-    expected = rewritten_reference(path(name), [prefix + text for text in texts], MAX_TOKENS)
+    expected = models.answers(rewritten_reference, models.path(name), [prefix + text for text in texts], MAX_TOKENS)
     assert [tokens for outputs in found for tokens in outputs["token_ids"]] == expected
     assert all(outputs["text"] == outputs["texts"][0] for outputs in found)
     reasons = [reason for outputs in found for reason in outputs["finish_reasons"]]
@@ -135,9 +107,9 @@ def test_rewritten_tokens_equal_transformers(load, path, engine: str, name: str,
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_prefix_of_a_task_and_of_a_declaration(load, path, engine: str) -> None:  # noqa: F811
+def test_the_prefix_of_a_task_and_of_a_declaration(load, models, engine: str) -> None:
     """T5 names one prefix for summaries and two for translations: those need the declaration's."""
-    model = load(engine, "t5", path("t5"), kinds=["summarize", "translate"])
+    model = load(engine, "t5", kinds=["summarize", "translate"])
     params = {"max_tokens": MAX_TOKENS}
 
     requests = [ask("summarize", "abc", params=params), ask("summarize", ["abc", "defgh"], params=params)]
@@ -146,15 +118,15 @@ def test_the_prefix_of_a_task_and_of_a_declaration(load, path, engine: str) -> N
 
     assert summaries[0].outputs["token_ids"][0] == summaries[1].outputs["token_ids"][0]
     assert summaries[0].outputs["token_ids"] == plain.outputs["token_ids"]
-    declared = fresh("pytorch", path("t5"), kinds=["translate"], prefix=PREFIX)
+    declared = fresh("pytorch", models.path("t5"), kinds=["translate"], prefix=PREFIX)
     (same,) = run(declared, [ask("translate", "abc", params=params)], 1)
     assert same.outputs["token_ids"] == plain.outputs["token_ids"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_seeds_and_stop_strings_of_summaries(load, path, engine: str) -> None:  # noqa: F811
+def test_seeds_and_stop_strings_of_summaries(load, models, engine: str) -> None:
     """As for generated text: a seeded summary is the same in any company, and a stop string cuts each text."""
-    model = load(engine, "t5", path("t5"), kinds=["summarize", "translate"])
+    model = load(engine, "t5", kinds=["summarize", "translate"])
     seeded = {"max_tokens": 8, "temperature": 1.5, "top_k": 40, "seed": 5}
 
     (alone,) = run(model, [ask("summarize", "abc", params=seeded)], 1)
@@ -174,10 +146,10 @@ def test_seeds_and_stop_strings_of_summaries(load, path, engine: str) -> None:  
     ("name", "kind", "fields"),
     [("three", "classify", {}), ("score", "rerank", {"query": "q"}), ("t5", "summarize", {})],
 )
-def test_a_text_beyond_the_context_fails_alone(load, path, engine: str, name: str, kind: str, fields: dict) -> None:  # noqa: F811
+def test_a_text_beyond_the_context_fails_alone(load, models, engine: str, name: str, kind: str, fields: dict) -> None:
     """The request with it is told both numbers; the others of the batch are answered."""
     kinds = {"t5": ["summarize", "translate"]}.get(name, [kind])
-    model = load(engine, name, path(name), kinds=kinds)
+    model = load(engine, name, kinds=kinds)
 
     found = run(model, [ask(kind, ["fine", text], **fields) for text in ("a", "x" * (CONTEXT + 1), "b")], 3)
 
@@ -188,9 +160,9 @@ def test_a_text_beyond_the_context_fails_alone(load, path, engine: str, name: st
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_rewritten_text_ends_at_the_context(load, path, engine: str) -> None:  # noqa: F811
+def test_a_rewritten_text_ends_at_the_context(load, models, engine: str) -> None:
     """Learnt positions end somewhere: so does the answer, whatever ``max_tokens`` says."""
-    model = load(engine, "bart", path("bart"), kinds=["summarize", "translate"])
+    model = load(engine, "bart", kinds=["summarize", "translate"])
 
     (outcome,) = run(model, [ask("translate", "abc", params={"max_tokens": 9 * CONTEXT, "ignore_eos": True})], 1)
 
@@ -199,16 +171,16 @@ def test_a_rewritten_text_ends_at_the_context(load, path, engine: str) -> None: 
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_kind_that_was_not_declared(load, path, engine: str) -> None:  # noqa: F811
+def test_a_kind_that_was_not_declared(load, models, engine: str) -> None:
     """A classifier that is not declared for it does not rerank: the caller's error."""
-    model = load(engine, "three", path("three"), kinds=["classify"])
+    model = load(engine, "three", kinds=["classify"])
 
     (outcome,) = run(model, [ask("rerank", "x", query="q")], 1)
 
     assert isinstance(outcome, UnsupportedKind)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["pytorch", "onnx"])
 @pytest.mark.parametrize(
     ("name", "kinds", "words"),
     [
@@ -222,32 +194,46 @@ def test_a_kind_that_was_not_declared(load, path, engine: str) -> None:  # noqa:
     ],
 )
 def test_a_model_that_does_not_fit_its_declaration(
-    path, tmp_path, engine: str, name: str, kinds: list, words: str
+    models, tmp_path, engine: str, name: str, kinds: list, words: str
 ) -> None:
     """The load fails and says what the kind needs and what the model is."""
     with pytest.raises(EngineLoadError, match=words):
-        fresh(engine, path(name), {"models": {"cache_dir": str(tmp_path)}}, kinds=kinds)
+        fresh(engine, models.path(name), {"models": {"cache_dir": str(tmp_path)}}, kinds=kinds)
 
 
-def test_texts_that_share_rows_are_embedded_as_if_alone(load, path) -> None:  # noqa: F811
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize(
+    ("name", "kinds", "words"),
+    [
+        ("bert", ["generate"], "which needs a causal language model; it is a BertModel: its weights lack cls"),
+        ("three", ["rerank"], "has 3 labels; a cross-encoder has one, or two"),
+    ],
+)
+def test_what_a_process_of_a_model_finds_is_the_loads_error(models, name: str, kinds: list, words: str) -> None:
+    """The same is found where a model is loaded by a process of its own, and told by the worker."""
+    with pytest.raises(EngineLoadError, match=words):
+        fresh("deepspeed", models.path(name), kinds=kinds)
+
+
+def test_texts_that_share_rows_are_embedded_as_if_alone(load, models) -> None:
     """The converted encoder puts several texts into a row, and RoBERTa's positions begin behind its padding's id."""
     name = "roberta"
-    model = load("onnx", name, path(name), kinds=["embed"])
+    model = load("onnx", name, kinds=["embed"])
     texts = prompts(TEXTS)
 
     (outcome,) = run(model, [ask("embed", texts)], 1)
 
-    alone = mean_vectors(path(name), texts)
+    alone = np.array(models.answers(mean_vectors, models.path(name), texts))
     assert model.conversion.packs
     expected = alone / np.linalg.norm(alone, axis=1, keepdims=True)
     assert np.abs(np.array(outcome.outputs["embeddings"]) - expected).max() < 1e-4
 
 
-def test_what_quantising_costs_is_kept_and_said(path, tmp_path, caplog) -> None:
+def test_what_quantising_costs_is_kept_and_said(models, tmp_path, caplog) -> None:
     """Differences and the share of answers that stay the same are beside the conversion and in the log."""
     settings = {"models": {"cache_dir": str(tmp_path)}, "optimization": {"onnx": {"enable_quantization": True}}}
     with caplog.at_level(logging.INFO, "workers.engines.onnx.export"):
-        model = fresh("onnx", path("bert"), settings, kinds=["embed"])
+        model = fresh("onnx", models.path("bert"), settings, kinds=["embed"])
 
     (kept,) = tmp_path.glob(f"onnx/*/{META}")
     cost = json.loads(kept.read_text())["cost"]
@@ -258,7 +244,7 @@ def test_what_quantising_costs_is_kept_and_said(path, tmp_path, caplog) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_listener_hears_of_rewriting_and_scoring(load, path, engine: str) -> None:  # noqa: F811
+def test_a_listener_hears_of_rewriting_and_scoring(load, engine: str) -> None:
     """The tokens of each text under its own index; a long classification makes progress without tokens."""
-    check_texts(load(engine, "t5", path("t5"), kinds=["summarize", "translate"]))
-    check_progress(load(engine, "three", path("three"), kinds=["classify"]), Kind.CLASSIFY)
+    check_texts(load(engine, "t5", kinds=["summarize", "translate"]))
+    check_progress(load(engine, "three", kinds=["classify"]), Kind.CLASSIFY)

@@ -12,7 +12,7 @@ import torch
 from shared.contract import InferenceRequest
 from shared.errors import BadRequest, EngineLoadError
 from shared.settings import ModelSpec, Settings
-from tests.tiny_models import make_llama
+from tests.support.tiny_models import make_llama
 from workers.engines.base import Engine
 from workers.engines.common.text import TextCodec
 from workers.engines.onnx.engine import OnnxEngine
@@ -44,7 +44,7 @@ def _modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def folder_with_code(folder: Path, kind: str, marker: Path) -> Path:
     """A model whose configuration and tokenizer point to a Python file that leaves a marker."""
-    make_llama(folder)
+    make_llama(folder, num_hidden_layers=1)
     (folder / "code.py").write_text(CODE.format(marker=str(marker), kind=kind))
     for name, auto_map in MAPS.items():
         data = json.loads((folder / name).read_text())

@@ -1,13 +1,7 @@
-"""Worker processes that come and go quickly, and the supervisor that replaces the dead.
-
-They are forked from a process that has imported the program already (the standard library's fork server); from the
-command line of ``celery worker`` on they are workers like any other.
-"""
+"""Worker processes that come and go, and the supervisor that replaces the dead."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import signal
 import threading
 import time
@@ -20,19 +14,10 @@ import psutil
 
 from producer import Client
 from shared.errors import BrokerUnavailable
-from tests.conftest import STOP_SECONDS, eventually
 from tests.faults import worker
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([
-    "tests.faults.worker", "workers.celery", "workers.hooks.transport",
-    "celery.bin.celery", "celery.apps.worker", "celery.app.amqp", "celery.app.control", "celery.app.events",
-    "celery.app.log", "celery.backends.redis", "celery.concurrency.solo", "celery.fixups.django", "celery.loaders.app",
-    "celery.worker.autoscale", "celery.worker.components", "celery.worker.consumer.delayed_delivery",
-])  # fmt: skip
-
-PROCESSES = threading.Lock()
-"""Held while a process is started or asked whether it has ended: multiprocessing does not expect several threads."""
+from tests.support.fleet import STOP_SECONDS
+from tests.support.forked import Forked
+from tests.support.waiting import eventually
 
 LOOK_SECONDS = 0.02
 START_SECONDS = 60.0
@@ -49,25 +34,19 @@ class Member:
         self.started = time.time()
         self.ended: float | None = None
         self.exit_code: int | None = None
-        self._process = CONTEXT.Process(
-            target=worker.run, args=(["-Q", queues, "-n", f"w{number}@%h"], environ, self.log)
-        )
-        with PROCESSES:
-            self._process.start()
-        self.pid: int = self._process.pid
+        self._process = Forked(worker.run, ["-Q", queues, "-n", f"w{number}@%h"], environ, self.log)
+        self.pid = self._process.pid
 
     def alive(self) -> bool:
         """Whether it still runs."""
-        with PROCESSES:
-            if self.ended is None and self._process.exitcode is not None:
-                self.ended, self.exit_code = time.time(), self._process.exitcode
-                self._process.close()
-            return self.ended is None
+        code = self._process.poll()
+        if code is not None and self.ended is None:
+            self.ended, self.exit_code = time.time(), code
+        return self.ended is None
 
     def signal(self, number: int) -> None:
         """Send it a signal, unless it has ended."""
-        if self.alive():
-            os.kill(self.pid, number)
+        self._process.send_signal(number)
 
     def memory(self) -> int:
         """Bytes that it has in memory."""

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import eventually
 from tests.faults.crew import Member
 from tests.faults.stage import Figure, Stage, percentile, repeated
+from tests.support.waiting import eventually
 
 SWIFT = {"lease_seconds": 1.5, "sweep_seconds": 0.3, "max_deliveries": 1000}
 """Short leases, and nobody is given up: for faults that strike a request again and again."""

@@ -23,10 +23,11 @@ from shared.embedded import EmbeddedBroker
 from shared.errors import FleetError
 from shared.settings import Settings
 from shared.settings_loader import load_settings
-from tests.conftest import FAKE, eventually, merged
 from tests.faults.crew import Crew, Member
 from tests.faults.ledger import Ledger
 from tests.faults.worker import EXECUTIONS
+from tests.support.fleet import FAKE, merged
+from tests.support.waiting import eventually
 
 CHUNK = 20
 DEFAULTS = {
@@ -57,9 +58,14 @@ class Figure:
     @property
     def met(self) -> bool:
         """Whether the bar is met."""
-        return (self.at_most is None or self.value <= self.at_most) and (
-            self.at_least is None or self.value >= self.at_least
-        )
+        return self.met_within(1.0)
+
+    def met_within(self, slack: float) -> bool:
+        """The same, where so many times the seconds of a bar will do: on a machine that is busy with other things."""
+        most = self.at_most
+        if most is not None and self.name.endswith(", s"):
+            most *= slack
+        return (most is None or self.value <= most) and (self.at_least is None or self.value >= self.at_least)
 
     @property
     def bar(self) -> str:

@@ -6,8 +6,8 @@ import signal
 import time
 from pathlib import Path
 
-from tests.conftest import eventually
 from tests.faults.stage import Figure, Stage
+from tests.support.waiting import eventually
 
 GRACE = 10.0
 

@@ -12,8 +12,9 @@ import pytest
 import redis
 
 from shared import keys
-from tests.conftest import FleetUnderTest, eventually
-from tests.integration.client.test_submitting import ECHO
+from tests.support.fleet import FleetUnderTest
+from tests.support.requests import ECHO
+from tests.support.waiting import eventually
 
 LEASE = 0.6
 FLEET = {"lease_seconds": LEASE, "sweep_seconds": 0.2, "heartbeat_seconds": 0.2}
@@ -65,13 +66,13 @@ def test_a_stalled_interpreter_loses_no_lease(make_fleet, stalls, redis_client: 
 
 def test_a_deadline_ends_the_lease_of_a_stalled_worker(make_fleet, stalls, redis_client: redis.Redis) -> None:
     """Another worker tells its caller while the stalled one, which cannot, still stands."""
-    fleet = make_fleet(fleet=FLEET, optimization={"fake": {"latency_ms": 60_000}})
+    fleet = make_fleet(fleet=FLEET, optimization={"fake": {"latency_ms": 600_000}})
     stalled = fleet.start_worker(environ=stalls)
     handle = fleet.client.submit(ECHO, timeout=2)
-    eventually(lambda: "run" in Path(stalls["RUNS"]).read_text(), 10, "a stall")
+    eventually(lambda: "run" in Path(stalls["RUNS"]).read_text(), what="a stall")
     fleet.start_worker()
 
-    record = eventually(lambda: redis_client.get(keys.result_key(handle.id)), 20, "the end of the request")
+    record = eventually(lambda: redis_client.get(keys.result_key(handle.id)), what="the end of the request")
 
     assert b"DeadlineExceeded" in record
     assert keeper_of(stalled).is_running()
@@ -83,17 +84,17 @@ def test_a_killed_workers_leases_end_with_it(make_fleet, redis_client: redis.Red
     fleet = make_fleet(fleet={**FLEET, "lease_seconds": 3.0}, optimization={"fake": {"latency_ms": 60_000}})
     worker = fleet.start_worker()
     fleet.client.submit(ECHO)
-    eventually(lambda: leased(redis_client), 10, "a lease")
+    eventually(lambda: leased(redis_client), what="a lease")
     keeper = keeper_of(worker)
 
     worker.kill()
     killed = time.time()
 
-    eventually(lambda: not keeper.is_running(), 10, "the end of its process")
+    eventually(lambda: not keeper.is_running(), what="the end of its process")
     (expiry,) = leased(redis_client).values()
     assert expiry <= killed + 3.1
     fleet.start_worker("control")
-    eventually(lambda: fleet.client.queue_lengths()["fake"] == 1, 10, "the redelivery")
+    eventually(lambda: fleet.client.queue_lengths()["fake"] == 1, what="the redelivery")
 
 
 @pytest.mark.parametrize(
@@ -114,17 +115,17 @@ def test_a_stopped_worker_keeps_nothing(make_fleet, redis_client: redis.Redis, o
     def holder() -> int | None:
         return next((worker.pid for worker in fleet.client.fleet() if worker.in_flight), None)
 
-    stopped = next(process for process in fleet.processes if process.pid == eventually(holder, 10, "a holder"))
+    stopped = next(process for process in fleet.processes if process.pid == eventually(holder, what="a holder"))
     (other,) = (process for process in fleet.processes if process is not stopped)
 
     stopped.send_signal(signal.SIGSTOP)
-    eventually(lambda: "1 back in their queues" in fleet.log(other), 20, "the redelivery")
-    eventually(lambda: leased(redis_client), 10, "a lease of the other")
+    eventually(lambda: "1 back in their queues" in fleet.log(other), what="the redelivery")
+    eventually(lambda: leased(redis_client), what="a lease of the other")
     stopped.send_signal(signal.SIGCONT)
 
-    eventually(lambda: "1 leases were lost to other workers" in fleet.log(stopped), 10, "the news")
+    eventually(lambda: "1 leases were lost to other workers" in fleet.log(stopped), what="the news")
     assert handle.result(20).metadata["worker"].split("-")[-2] == str(other.pid)
-    eventually(lambda: not any(worker.in_flight for worker in fleet.client.fleet()), 10, "idle workers")
+    eventually(lambda: not any(worker.in_flight for worker in fleet.client.fleet()), what="idle workers")
     assert redis_client.hlen(keys.LEASE_MESSAGES) == 0
 
 
@@ -134,7 +135,7 @@ def test_a_draining_worker_keeps_its_leases(make_fleet, redis_client: redis.Redi
     draining = fleet.start_worker()
     fleet.start_worker("control")
     handle = fleet.client.submit(ECHO)
-    eventually(lambda: leased(redis_client), 10, "a lease")
+    eventually(lambda: leased(redis_client), what="a lease")
     keeper = keeper_of(draining)
 
     draining.terminate()

@@ -13,28 +13,23 @@ The queue ``pytorch`` is served by a second fake engine, to which requests may g
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import os
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from celery.__main__ import main as celery
-
 from shared.contract import EngineName, InferenceRequest
 from shared.errors import EngineError
 from shared.settings import ModelSpec
+from tests.support.forked import be_worker
 from workers import engines
 from workers.engines.base import Emit, EngineOutput
 from workers.engines.fake import FakeEngine, FakeModel
 
 EXECUTIONS = "FAULTS_EXECUTIONS"
 """The environment variable that names the file in which executions are noted."""
-
-_PR_SET_PDEATHSIG = 1
 
 _DEEDS = {
     "!die": lambda _: os.kill(os.getpid(), signal.SIGKILL),
@@ -94,20 +89,7 @@ class StandInEngine(FakeEngine):
 
 
 def run(arguments: Sequence[str], environ: dict[str, str], log: Path) -> None:
-    """Be ``celery -A workers worker`` with these arguments until the end of this process."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    os.environ.clear()
-    os.environ.update(environ)
-    out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
+    """Be such a worker until the end of this process."""
     engines._CLASSES[EngineName.FAKE] = f"{__name__}:{FaultyEngine.__name__}"
     engines._CLASSES[EngineName.PYTORCH] = f"{__name__}:{StandInEngine.__name__}"
-    sys.argv = ["celery", "-A", "workers", "worker", "-l", "info", *arguments]
-    code = 0
-    try:
-        celery()
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 1
-    atexit._run_exitfuncs()
-    os._exit(code)
+    be_worker(["-l", "info", *arguments], environ, log)

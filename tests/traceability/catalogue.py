@@ -237,7 +237,7 @@ OTHER_FILES: dict[str, tuple[str, ...]] = {
     "integration/test_monitoring_integration.py": ("metrics", "traces"),
     "integration/test_server_mode_integration.py": ("integration/path/test_shutdown.py", "health"),
     "integration/test_multi_engine_fallback.py": ("integration/routing/test_fallback.py",),
-    "fixtures/models.py": ("tiny_models.py",),
+    "fixtures/models.py": ("support/tiny_models.py",),
     "fixtures/monitoring.py": ("metrics", "traces"),
     "fixtures/configs.py": ("unit/shared/test_settings_loader.py",),
     "benchmarks/benchmark_vllm_throughput.py": ("benchmarks/bench_engines.py",),

@@ -28,6 +28,9 @@ SAME = "="
 
 SWEEP_LIMIT = 100
 
+COURTESY_SECONDS = 0.5
+"""How long a message that one worker should have waits for it before any other may claim it."""
+
 LEFT_OUT_SECONDS = 0.02
 """After how long a tenant that had its share of what is in flight is looked at again."""
 
@@ -44,12 +47,13 @@ class LeasedMessage:
 class Claim:
     """What a claim brought.
 
-    ``now`` is the broker's clock in seconds, ``waiting`` is 0 where nothing is left that may be claimed, ``left_out``
-    how many tenants have their share of what is in flight, ``cancelled`` how many cancellations are remembered.
+    ``now`` is the broker's clock in seconds (0 where there was nothing to claim), ``waiting`` whether more is left that
+    may be claimed, ``left_out`` how many tenants have their share of what is in flight, ``cancelled`` how many
+    cancellations are remembered.
     """
 
     now: float
-    waiting: int
+    waiting: bool
     left_out: int
     cancelled: int
     messages: list[LeasedMessage]
@@ -68,6 +72,7 @@ class Settlement:
     push_front: bool = False
     dead_reason: str = ""
     due_ms: int | None = None
+    request_id: str = ""
 
     @classmethod
     def give_back(cls, lease: str, message: bytes | str = SAME) -> Settlement:
@@ -77,6 +82,8 @@ class Settlement:
     def terms(self, payloads: list[bytes | str]) -> dict[str, Any]:
         """As ``settle.lua`` takes it. What is long goes to ``payloads``, and its place there stands for it."""
         terms: dict[str, Any] = {"lease": self.lease}
+        if self.request_id:
+            terms["id"] = self.request_id
         if self.result_key:
             payloads.append(self.record)
             terms |= {"result": self.result_key, "record": len(payloads)}
@@ -110,11 +117,12 @@ class Written(IntEnum):
 
 
 class Verdict(StrEnum):
-    """Whether a message may run, must wait for another of the same id, or is of a request that has its answer."""
+    """Whether a message may run, waits for another of its id, or is of a request that was answered or cancelled."""
 
     RUN = "run"
     WAIT = "wait"
     DONE = "done"
+    REVOKED = "revoked"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,14 +192,22 @@ def quotas_of(tenants: Mapping[str, TenantSettings], places: int) -> Quotas:
 
 
 class RedisDelivery:
-    """The scripts over one broker connection pool. From any thread; the loop uses what ends in ``soon``."""
+    """The scripts over one broker connection pool. From any thread; the loop uses what ends in ``soon``.
 
-    def __init__(self, client: redis.Redis, fleet: FleetSettings, limits: LimitsInForce | None = None) -> None:
+    Messages that the worker with this ``affinity`` should have are claimed before others.
+    """
+
+    def __init__(
+        self, client: redis.Redis, fleet: FleetSettings, limits: LimitsInForce | None = None, affinity: str = ""
+    ) -> None:
+        self.affinity = affinity
         self._fleet = fleet
         self._limits = limits or LimitsInForce(Limits.of(Settings(fleet=fleet)))
         self.lease_seconds = fleet.lease_seconds
         self._lease_ms = int(fleet.lease_seconds * 1000)
-        self._settle_keys = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.DEAD_LETTERS, keys.IN_FLIGHT, keys.UNDER_WAY]
+        self._settle_keys = [
+            keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.DEAD_LETTERS, keys.IN_FLIGHT, keys.UNDER_WAY, keys.DELAYED,
+        ]  # fmt: skip
         self._claim_keys: dict[str, list[str]] = {}
         self._client = client
         self.scripts = PipelinedScripts(client)
@@ -215,18 +231,30 @@ class RedisDelivery:
         names, args = self._claim_terms(queue, limit)
         return _claim_of(self._claim(keys=names, args=args))
 
-    def claim_soon(self, queue: str, limit: int, then: Callable[[Claim], None], lost: Callable[[], None]) -> None:
-        """The same by the pipelined connection."""
+    def claim_soon(
+        self,
+        queue: str,
+        limit: int,
+        then: Callable[[Claim], None],
+        lost: Callable[[], None],
+        scripts: PipelinedScripts | None = None,
+    ) -> None:
+        """The same by a pipelined connection, which brings news of the queue's lists once they were found empty."""
         names, args = self._claim_terms(queue, limit)
-        self.scripts.run(self._claim, names, args, lambda rows: then(_claim_of(rows)), lost)
+        (scripts or self.scripts).run(self._claim, names, args, lambda rows: then(_claim_of(rows)), lost)
+
+    def pipeline(self) -> PipelinedScripts:
+        """A pipelined connection for claims outside the loop."""
+        return PipelinedScripts(self._client)
 
     def _claim_terms(self, queue: str, limit: int) -> tuple[list[str], list[str | int]]:
         names = self._claim_keys.get(queue)
         if names is None:
             leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER, keys.CANCELLED]
-            names = [*leases, keys.queue_state(queue), keys.IN_FLIGHT, *keys.lists_of(queue)]
+            names = [*leases, keys.queue_state(queue), keys.IN_FLIGHT, *keys.lists_of(queue), *keys.lanes_of(queue)]
             self._claim_keys[queue] = names
-        return names, [limit, self._lease_ms, self._limits.now.starvation_limit, self.quotas]
+        patience = self._limits.now.starvation_limit
+        return names, [limit, self._lease_ms, patience, self.quotas, self.affinity, int(COURTESY_SECONDS * 1000)]
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Written]:
         """End leases, and write what follows; says what came of each."""
@@ -272,7 +300,7 @@ class RedisDelivery:
 
         Returns the seconds until the next one is due (``None``: there is none) and what was taken over.
         """
-        leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER]
+        leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER, keys.DELAYED, keys.CANCELLED]
         rows = self._sweep(keys=leases, args=[SWEEP_LIMIT, self._lease_ms, keys.DELAYED_PREFIX])
         taken = []
         for lease, stored in zip(rows[1::2], rows[2::2], strict=True):
@@ -283,7 +311,7 @@ class RedisDelivery:
 
 def _claim_of(rows: list[Any]) -> Claim:
     messages = [LeasedMessage(lease.decode(), payload) for lease, payload in zip(rows[4::2], rows[5::2], strict=True)]
-    return Claim(rows[0] / 1000, rows[1], rows[2], rows[3], messages)
+    return Claim(rows[0] / 1000, rows[1] > 0, rows[2], rows[3], messages)
 
 
 def _written(flags: list[int]) -> list[Written]:

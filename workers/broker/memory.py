@@ -41,8 +41,11 @@ class MemoryDelivery:
     command is waited for, as with the real one.
     """
 
-    def __init__(self, broker: MemoryBroker, fleet: FleetSettings, limits: LimitsInForce | None = None) -> None:
+    def __init__(
+        self, broker: MemoryBroker, fleet: FleetSettings, limits: LimitsInForce | None = None, affinity: str = ""
+    ) -> None:
         self.broker = broker
+        self.affinity = affinity
         self.lease_seconds = fleet.lease_seconds
         self.failures: deque[Failure] = deque()
         """The next command fails with the first of these."""
@@ -133,7 +136,7 @@ class MemoryDelivery:
 
     def _claim(self, queue: str, limit: int) -> Callable[[], Claim]:
         patience, quotas = self._limits.now.starvation_limit, self._quotas
-        return lambda: self.broker.claim(queue, limit, self._lease_ms, patience, quotas)
+        return lambda: self.broker.claim(queue, limit, self._lease_ms, patience, quotas, self.affinity)
 
     def begin(self, messages: Sequence[tuple[str, str]]) -> list[Verdict]:
         """Whether messages, each a lease and a request id, may run."""

@@ -45,13 +45,14 @@ class MemoryBroker:
         self._clock = clock
         self._last = 0
         self._running: dict[str, str] = {}
-        self.queues = MemoryQueues()
+        self.queues = MemoryQueues(clock)
         self.leases: dict[str, Lease] = {}
         self.records: dict[str, bytes] = {}
         self.published: list[tuple[str, bytes]] = []
         self.replies: defaultdict[str, list[bytes]] = defaultdict(list)
         self.dead: list[DeadLetter] = []
         self.cancelled: dict[str, int] = {}
+        self.delayed: dict[str, str] = {}
         self.under_way: dict[str, int] = {}
 
     @property
@@ -80,15 +81,15 @@ class MemoryBroker:
 
     # -- what a worker does -----------------------------------------------------------------------------------------
 
-    def claim(self, queue: str, limit: int, lease_ms: int, patience: int, quotas: Quotas) -> Claim:
+    def claim(self, queue: str, limit: int, lease_ms: int, patience: int, quotas: Quotas, affinity: str = "") -> Claim:
         """Move messages from their lists to leases, as ``claim.lua`` does."""
-        taken = self.queues.take(queue, limit, patience, quotas)
+        taken = self.queues.take(queue, limit, patience, quotas, affinity)
         messages = []
         for list_name, tenant, message in taken.messages:
             lease = self._next_lease(tenant)
             self.leases[lease] = Lease(list_name, message, self.now + lease_ms)
             messages.append(LeasedMessage(lease, message))
-        return Claim(self.now / 1000, taken.waiting, taken.left_out, len(self.cancelled), messages)
+        return Claim(self.now / 1000, bool(taken.waiting), taken.left_out, len(self.cancelled), messages)
 
     def renew(self, leases: Mapping[str, float | None], lease_ms: int) -> set[str]:
         """Keep leases, each not past its last moment (seconds since the epoch), as ``renew.lua`` does.
@@ -107,8 +108,9 @@ class MemoryBroker:
         return [self._verdict(lease, request_id) for lease, request_id in messages]
 
     def _verdict(self, lease: str, request_id: str) -> Verdict:
-        if self._standing(keys.result_key(request_id)) is not None:
-            return Verdict.DONE
+        standing = self._standing(keys.result_key(request_id))
+        if standing is not None:
+            return Verdict.REVOKED if standing is Written.CANCELLED else Verdict.DONE
         holder = self._running.get(request_id)
         waits = request_id in self.under_way if holder is None else holder != lease and holder in self.leases
         if waits:
@@ -133,7 +135,10 @@ class MemoryBroker:
         if tenant:
             self.queues.in_flight[tenant] -= 1
         if it.due_ms is not None:
-            self.leases[keys.DELAYED_PREFIX + it.lease] = Lease(lease.list_name, lease.message, it.due_ms)
+            delayed = keys.DELAYED_PREFIX + it.lease + (f"\n{it.request_id}" if it.request_id else "")
+            self.leases[delayed] = Lease(lease.list_name, lease.message, it.due_ms)
+            if it.request_id:
+                self.delayed[it.request_id] = delayed
         record, written = _bytes(it.record), Written.DONE
         if it.result_key:
             standing = self._standing(it.result_key)
@@ -141,8 +146,9 @@ class MemoryBroker:
                 self._record(it.result_key, record)
             else:
                 record, written = self.records[it.result_key], standing
-            if not it.push_list:
-                self.under_way.pop(it.result_key.removeprefix(keys.result_key("")), None)
+        if it.request_id and not it.push_list and it.due_ms is None:
+            self.under_way.pop(it.request_id, None)
+            self._running.pop(it.request_id, None)
         if it.reply and record:
             self.replies[it.reply].append(record)
         if written is Written.CANCELLED and it.push_list:
@@ -159,11 +165,15 @@ class MemoryBroker:
 
     def sweep(self, lease_ms: int) -> tuple[float | None, list[Swept]]:
         """Take over what nobody holds any longer, as ``sweep.lua`` does."""
+        for request_id in [one for one in self.delayed if keys.result_key(one) in self.cancelled]:
+            lease = self.leases[self.delayed[request_id]]
+            self.leases[self.delayed[request_id]] = Lease(lease.list_name, lease.message, self.now)
         due = sorted((lease.expiry, name) for name, lease in self.leases.items() if lease.expiry <= self.now)
         taken = []
         for _, name in due[:SWEEP_LIMIT]:
             lease = self.leases.pop(name)
             if name.startswith(keys.DELAYED_PREFIX):
+                self.delayed = {one: held for one, held in self.delayed.items() if held != name}
                 self.queues.push(lease.list_name, lease.message, front=True)
             else:
                 mine = self._next_lease(name.partition("/")[2])

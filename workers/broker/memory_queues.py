@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from shared import keys
-from workers.broker.delivery import Quotas
+from workers.broker.delivery import COURTESY_SECONDS, Quotas
 
 ANYBODY = (1, 0)
 """The quota of a tenant for whom there is no rule."""
@@ -40,6 +40,7 @@ class _Basket:
 
     limit: int
     quotas: Quotas
+    affinity: str
     messages: list[tuple[str, str, bytes]] = field(default_factory=list)
     left_out: int = 0
 
@@ -50,7 +51,9 @@ class _Basket:
 class MemoryQueues:
     """Lists by name, as :func:`shared.keys.list_of` makes them. ``in_flight`` counts the leases of each tenant."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._affine: defaultdict[tuple[str, str], dict[str, float]] = defaultdict(dict)  # of a tenant -> since when
         self._lists: defaultdict[str, deque[bytes]] = defaultdict(deque)  # the oldest on the right
         self._lanes: defaultdict[str, dict[str, float]] = defaultdict(dict)  # shared list -> tenant -> its turn
         self._turns: defaultdict[str, float] = defaultdict(float)  # shared list -> the turn that was served last
@@ -64,20 +67,25 @@ class MemoryQueues:
             waiting.append(message)
         else:
             waiting.appendleft(message)
-        tenant = _tenant_of(name)
-        if tenant:
-            shared = _shared(name)
+        shared = _shared(name)
+        if name != shared:
+            tenant, affinity = _owner(name)
             self._lanes[shared].setdefault(tenant, self._turns[shared] + 1)
+            if affinity:
+                self._affine[shared, tenant].setdefault(affinity, self._clock())
 
     def waiting(self) -> dict[str, list[bytes]]:
         """What is on each list that holds anything, the first to be claimed first."""
         return {name: list(reversed(messages)) for name, messages in self._lists.items() if messages}
 
-    def take(self, queue: str, limit: int, patience: int, quotas: Quotas) -> Taken:
-        """Take up to ``limit`` messages of a queue, the most urgent first; ``patience`` bounds how many pass one."""
+    def take(self, queue: str, limit: int, patience: int, quotas: Quotas, affinity: str = "") -> Taken:
+        """Take up to ``limit`` messages of a queue, the most urgent first; ``patience`` bounds how many pass one.
+
+        What is meant for the worker with this ``affinity`` goes first among its tenant's.
+        """
         names = keys.lists_of(queue)
         steps = [_Step(name, bool(self._lists[name] or self._lanes[name])) for name in names]
-        basket = _Basket(limit, quotas)
+        basket = _Basket(limit, quotas, affinity)
         busy = [step for step in steps if step.open]
         if len(busy) == 1:
             self._take(busy[0].name, limit, basket)
@@ -111,7 +119,7 @@ class MemoryQueues:
     def _take(self, shared: str, count: int, basket: _Basket) -> int:
         """Take up to ``count`` messages of one step; its tenants' lanes and the shared list take turns."""
         lanes, before = self._lanes[shared], len(basket.messages)
-        if set(lanes) == {""}:
+        if set(lanes) == {""} and not self._affine[shared, ""]:
             del lanes[""]
         if not lanes:
             basket.messages += [(shared, "", message) for message in self._pop(shared, count)]
@@ -126,21 +134,40 @@ class MemoryQueues:
                 break
             tenant, score = order[skipped]
             weight, most = basket.quota(tenant)
-            if tenant and most and self.in_flight[tenant] >= most:
+            name = self._next_lane(shared, tenant, basket.affinity)
+            if name is None or (tenant and most and self.in_flight[tenant] >= most):
                 skipped += 1
                 continue
-            name = _lane(shared, tenant)
             for message in self._pop(name, 1):
                 basket.messages.append((name, tenant, message))
                 if tenant:
                     self.in_flight[tenant] += 1
             lanes[tenant] += 1 / weight
-            if not self._lists[name]:
-                del lanes[tenant]
+            self._served(shared, tenant, name)
             turn = max(turn, score)
         basket.left_out += skipped
         self._turns[shared] = turn
         return len(basket.messages) - before
+
+    def _next_lane(self, shared: str, tenant: str, affinity: str) -> str | None:
+        """The list of the tenant's that is next; ``None`` where all that it has is meant for others."""
+        affine, common = self._affine[shared, tenant], _lane(shared, tenant)
+        if affinity in affine:
+            return _lane(shared, tenant, affinity)
+        if not affine or self._lists[common]:
+            return common
+        oldest, found = min((since, name) for name, since in affine.items())
+        return _lane(shared, tenant, found) if oldest <= self._clock() - COURTESY_SECONDS else None
+
+    def _served(self, shared: str, tenant: str, name: str) -> None:
+        """One message was taken of a lane."""
+        affine, affinity = self._affine[shared, tenant], _owner(name)[1] if name != shared else ""
+        if affinity and not self._lists[name]:
+            del affine[affinity]
+        elif affinity:
+            affine[affinity] = self._clock()
+        if not affine and not self._lists[_lane(shared, tenant)]:
+            del self._lanes[shared][tenant]
 
     def _pop(self, name: str, count: int) -> Iterator[bytes]:
         waiting = self._lists[name]
@@ -153,9 +180,12 @@ def _shared(name: str) -> str:
     return name.removeprefix(keys.LANE_PREFIX).partition(":")[0] if name.startswith(keys.LANE_PREFIX) else name
 
 
-def _tenant_of(name: str) -> str:
-    return name.removeprefix(keys.LANE_PREFIX).partition(":")[2] if name.startswith(keys.LANE_PREFIX) else ""
+def _owner(name: str) -> tuple[str, str]:
+    """The tenant and the affinity of a lane."""
+    tenant, _, affinity = name.removeprefix(keys.LANE_PREFIX).partition(":")[2].partition("@")
+    return tenant, affinity
 
 
-def _lane(shared: str, tenant: str) -> str:
-    return f"{keys.LANE_PREFIX}{shared}:{tenant}" if tenant else shared
+def _lane(shared: str, tenant: str, affinity: str = "") -> str:
+    lane = f"{tenant}@{affinity}" if affinity else tenant
+    return f"{keys.LANE_PREFIX}{shared}:{lane}" if lane else shared

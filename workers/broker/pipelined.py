@@ -2,23 +2,41 @@
 
 The answers come in the order of the questions, and are taken in when the loop finds them on the connection. Without a
 loop each script is waited for.
+
+The connection also brings news. The broker remembers which keys its scripts have read ("client-side caching"), and says
+once when somebody else changes one of them.
 """
 
 from __future__ import annotations
 
+import select
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakSet
 
+import hiredis
 import redis
 from kombu.asynchronous import Hub
 from redis.commands.core import Script
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoScriptError, ReadOnlyError, ResponseError
 
 PATIENCE_SECONDS = 0.5
 """How long a connection may say nothing to what was asked before another was made."""
+
+READ_BYTES = 65536
+
+_NOTHING = object()
+"""What the parser says while an answer is not complete."""
+
+
+class Listener(Protocol):
+    """Wants to know what has changed in the broker."""
+
+    def changed(self, names: Collection[bytes] | None) -> None:
+        """These keys have; ``None``: any may have."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +51,7 @@ class _Sent:
 
 
 class PipelinedScripts:
-    """One connection with several scripts under way. For the thread of the loop only.
+    """One connection with several scripts under way. For one thread only, that of the loop where there is one.
 
     What the broker or the connection raises is raised where the answer is taken in: by :meth:`run` and :meth:`wait`, or
     into the loop.
@@ -42,9 +60,25 @@ class PipelinedScripts:
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
         self._connection: Any = None
+        self._sock: Any = None
+        self._parser: Any = None
         self._hub: Hub | None = None
-        self._reader = -1
         self._under_way: deque[_Sent] = deque()
+        self._listeners: WeakSet[Listener] = WeakSet()
+
+    @property
+    def attached(self) -> bool:
+        """Whether a loop takes the answers in."""
+        return self._hub is not None
+
+    @property
+    def socket(self) -> Any:
+        """Where answers and news come; ``None`` while there is no connection."""
+        return self._sock
+
+    def tell(self, listener: Listener) -> None:
+        """Tell it the news for as long as it exists. After a loss of the connection, any key may have changed."""
+        self._listeners.add(listener)
 
     def attach(self, hub: Hub) -> None:
         """From now on this loop takes the answers in.
@@ -57,16 +91,16 @@ class PipelinedScripts:
             if not self._under_way or not self._more(PATIENCE_SECONDS):
                 self._leave()
         if self._connection is not None:
-            hub.add_reader(self._reader, self._readable)
+            hub.add_reader(self._sock, self.readable)
+            hub.call_soon(self._take_parsed)
 
     def detach(self) -> None:
         """The loop is over: take in what is under way, and wait for each script from now on."""
         if self._connection is not None:
-            limit = self._client.connection_pool.connection_kwargs["socket_timeout"]  # it may have changed
-            self._connection._sock.settimeout(limit)
+            # The time limit may have changed.
+            self._sock.settimeout(self._client.connection_pool.connection_kwargs["socket_timeout"])
         try:
-            while self._under_way:
-                self._read_answer()
+            self.wait()
         finally:
             self._leave()
             self._hub = None
@@ -83,88 +117,147 @@ class PipelinedScripts:
 
         Where there will be no answer ``lost`` is called: the script has been run, or has not.
         """
-        sent = _Sent(script, keys, args, then, lost)
-        if self._hub is not None:
-            self._send(sent, "EVALSHA", script.sha)
-            return
-        try:
-            answer = script(keys=keys, args=args)
-        except BaseException:
-            lost()
-            raise
-        then(answer)
+        self._send(_Sent(script, keys, args, then, lost), "EVALSHA", script.sha)
+        if self._hub is None:
+            self.wait()
+            self._take_parsed()
 
     def wait(self) -> None:
         """Take in the answers to all that was sent so far."""
         asked = set(self._under_way)
-        while not asked.isdisjoint(self._under_way):
-            self._read_answer()
+        try:
+            while not asked.isdisjoint(self._under_way):
+                self._take(self._next())
+        finally:
+            if self._hub is not None and self._parser is not None and self._parser.has_data():
+                self._hub.call_soon(self._take_parsed)  # the loop sees only what is not received yet
+
+    def readable(self) -> None:
+        """The connection has something to say: take in what is there."""
+        try:
+            self._receive()
+        except redis.ConnectionError:
+            idle = not self._under_way
+            self._leave()
+            if not idle:
+                raise
+        self._take_parsed()
+
+    def poll(self) -> None:
+        """Take in what is there, if anything is."""
+        if self._more(0):
+            self.readable()
+
+    def close(self) -> None:
+        """Close the connection; what is under way is lost."""
+        self._leave()
 
     def _send(self, sent: _Sent, command: str, what: str | bytes) -> None:
         self._under_way.append(sent)
         try:
             if self._connection is None:
                 self._connect()
-            self._connection.send_command(command, what, len(sent.keys), *sent.keys, *sent.args)
+            self._connection.send_command(command, what, len(sent.keys), *sent.keys, *sent.args, check_health=False)
         except BaseException:
             self._leave()
             raise
 
     def _connect(self) -> None:
         pool = self._client.connection_pool
-        self._connection = pool.connection_class(**pool.connection_kwargs)
-        self._connection.connect()
-        self._reader = self._connection._sock.fileno()
+        connection = pool.connection_class(**{**pool.connection_kwargs, "protocol": 3})
+        connection.connect()
+        connection.send_command("CLIENT", "TRACKING", "ON", "NOLOOP")
+        connection.read_response()
+        self._connection, self._sock = connection, connection._sock
+        self._parser = hiredis.Reader(replyError=connection._parser.parse_error, notEnoughData=_NOTHING)
         if self._hub is not None:
-            self._hub.add_reader(self._reader, self._readable)
+            self._hub.add_reader(self._sock, self.readable)
 
-    def _readable(self) -> None:
-        if not self._under_way:  # nothing was asked: the broker has closed the connection
-            with suppress(redis.ConnectionError):
-                if self._more():
-                    self._leave()
-        while self._under_way:
-            self._read_answer()
-            if not self._under_way or not self._more():
-                break
-
-    def _more(self, seconds: float = 0.0) -> bool:
+    def _more(self, seconds: float) -> bool:
         """Whether the broker has said something that is not taken in yet, or does so within this time."""
-        try:
-            return self._connection is not None and self._connection.can_read(seconds)
-        except BaseException:
-            self._leave()
-            raise
+        if self._connection is None:
+            return False
+        if self._parser.has_data() or _buffered(self._sock):
+            return True
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
 
-    def _read_answer(self) -> None:
-        """Wait for the next answer, and do what follows upon it."""
+    def _receive(self) -> None:
+        """Wait until the broker says something, and give it to the parser."""
         try:
-            answer = self._connection.read_response()
-        except NoScriptError:
-            sent = self._under_way.popleft()
-            self._send(sent, "EVAL", sent.script.script)
-            return
-        except ResponseError:
-            self._under_way.popleft().lost()
-            if self._connection._sock is None:  # it is left for a broker that can write
+            while True:
+                data = self._sock.recv(READ_BYTES)
+                if not data:
+                    raise redis.ConnectionError("the broker has closed the connection")
+                self._parser.feed(data)
+                if not _buffered(self._sock):
+                    return
+        except TimeoutError:
+            raise redis.TimeoutError("the broker does not answer") from None
+        except OSError as error:
+            raise redis.ConnectionError(f"the connection to the broker has failed: {error}") from error
+
+    def _next(self) -> Any:
+        """The next thing that the broker says."""
+        while (said := self._parser.gets()) is _NOTHING:
+            try:
+                self._receive()
+            except redis.TimeoutError:
+                # Connections that have been silent for longer will not answer either.
+                self._client.connection_pool.disconnect(inuse_connections=False)
                 self._leave()
-            raise
-        except redis.TimeoutError:
-            # Connections that have been silent for longer will not answer either.
-            self._client.connection_pool.disconnect(inuse_connections=False)
+                raise
+            except BaseException:
+                self._leave()
+                raise
+        return said
+
+    def _take_parsed(self) -> None:
+        """Take in what has come."""
+        while self._connection is not None and (said := self._parser.gets()) is not _NOTHING:
+            self._take(said)
+
+    def _take(self, said: Any) -> None:
+        """Do what follows upon an answer; pass on the news."""
+        if isinstance(said, hiredis.PushNotification):
+            if said[0] == b"invalidate":
+                self._tell(said[1])
+            return
+        sent = self._under_way.popleft()
+        if isinstance(said, NoScriptError):
+            self._send(sent, "EVAL", sent.script.script)
+        elif isinstance(said, ReadOnlyError):  # it is left for a broker that can write
+            self._under_way.appendleft(sent)
             self._leave()
-            raise
-        except BaseException:
+            raise said
+        elif isinstance(said, ResponseError):
+            sent.lost()
+            raise said
+        elif isinstance(said, Exception):
+            self._under_way.appendleft(sent)
             self._leave()
-            raise
-        self._under_way.popleft().then(answer)
+            raise said
+        else:
+            sent.then(said)
+
+    def _tell(self, names: Collection[bytes] | None) -> None:
+        for listener in self._listeners:
+            listener.changed(names)
 
     def _leave(self) -> None:
         """Close the connection; what is under way on it is lost."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            if self._hub is not None and self._reader in self._hub.readers:
-                self._hub.remove_reader(self._reader)
+            if self._hub is not None and self._sock.fileno() in self._hub.readers:
+                self._hub.remove_reader(self._sock)
+            self._sock = self._parser = None
             connection.disconnect()
+            self._tell(None)
         while self._under_way:
             self._under_way.pop().lost()
+
+
+def _buffered(sock: Any) -> bool:
+    """Whether something of what a socket has received is not to be seen by polling it: TLS deciphers ahead."""
+    return hasattr(sock, "pending") and sock.pending() > 0

@@ -7,15 +7,20 @@ nothing is lost.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import orjson
 from celery import Celery, signature
 from celery.canvas import Signature
 from celery.result import AsyncResult
+from kombu.exceptions import OperationalError
+from kombu.utils import json
 
 from shared.errors import UndecodableMessage, WrongSignature
 from shared.signing import Signer
+from workers.broker.errors import BROKER_ERRORS
 from workers.observe.celery_events import request_context
 from workers.requests.ending import FINAL, End, Ending
 from workers.requests.inflight import InFlight
@@ -39,7 +44,7 @@ class Canvas:
         """
         if ending.end is End.RESULT:
             embed = ending.item.embed
-            return self._go_on(ending.item, embed, ending.result) if embed and _canvas(embed) else []
+            return self._go_on(ending.item, _read(embed), ending.result) if embed and _canvas(embed) else []
         if ending.end in FINAL:
             embed = self._embed(ending.item)
             if embed:
@@ -66,12 +71,21 @@ class Canvas:
         revoked = ending.end in (End.CANCEL, End.EXPIRY)
         state, error = "REVOKED" if revoked else "FAILURE", ending.error
         context, backend = request_context(ending.item, embed), self._app.backend
-        chain, context.chain = context.chain, None
-        backend.mark_as_failure(
-            ending.item.id, error, request=context, store_result=False, call_errbacks=not revoked, state=state
-        )
-        # By itself, for Celery stores the request's own result together with those of the steps after it.
-        backend._fail_chain(chain, error, store_result=True, state=state)
+        told: list[Callable[[], Any]] = [partial(backend._fail_chain, embed.get("chain"), error, state=state)]
+        if embed.get("chord"):
+            told.append(partial(backend.on_chord_part_return, context, state, error))
+        if embed.get("errbacks") and not revoked:
+            told.append(partial(backend._call_task_errbacks, context, error, None))
+        problems = []
+        for tell in told:  # what is wrong with one of them is not to keep another waiting
+            try:
+                tell()
+            except (OperationalError, *BROKER_ERRORS):
+                raise
+            except Exception as problem:  # noqa: BLE001  # it is raised when all were told
+                problems.append(problem)
+        if problems:
+            raise problems[0]
 
     def _embed(self, item: InFlight) -> dict[str, Any] | None:
         """The canvas of a request that may have ended before its message was read, and is to be believed."""
@@ -87,10 +101,16 @@ class Canvas:
             self._signer.check({"headers": item.headers, "body": item.body})
         except WrongSignature:
             return None
-        return embed
+        return _read(embed)
 
     def _signature(self, data: dict[str, Any]) -> Signature:
         return signature(data, app=self._app)
+
+
+def _read(embed: Mapping[str, Any]) -> dict[str, Any]:
+    """A canvas with the times and other values that kombu writes in a form of its own."""
+    read: dict[str, Any] = json.loads(orjson.dumps({part: embed.get(part) for part in PARTS}))
+    return read
 
 
 def _canvas(embed: Mapping[str, Any]) -> bool:

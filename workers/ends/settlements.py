@@ -24,7 +24,7 @@ def settlement_of(ending: Ending, children: Sequence[Any] = ()) -> Settlement:
 def _result(ending: Ending, children: Sequence[Any]) -> Settlement:
     item = ending.item
     record = wire.success_meta(item.id, ending.encoded, extra=item.record_extra(), children=children)
-    return Settlement(item.lease, result_key=_result_key(item), record=record, reply=item.reply)
+    return Settlement(item.lease, _result_key(item), record, item.reply, request_id=_id(item))
 
 
 def _failure(ending: Ending, _: Sequence[Any]) -> Settlement:
@@ -68,7 +68,8 @@ def _hop(ending: Ending, _: Sequence[Any]) -> Settlement:
 
 
 def _delay(ending: Ending, _: Sequence[Any]) -> Settlement:
-    return Settlement(ending.item.lease, due_ms=int(ending.at * 1000))
+    item = ending.item
+    return Settlement(item.lease, due_ms=int(ending.at * 1000), request_id=_id(item))
 
 
 def _give_back(ending: Ending, _: Sequence[Any]) -> Settlement:
@@ -101,12 +102,15 @@ def _told(item: InFlight, error: FleetError | None, status: str, dead_reason: st
     """The caller is told of an error; with ``dead_reason`` the message is kept among the dead letters."""
     if error is None:
         raise ValueError(f"an ending with the status {status} needs its error")
-    if item.id == item.lease:  # the message names no id, so nobody can ask
+    if not _id(item):
         return Settlement(item.lease, dead_reason=dead_reason)
     record = wire.failure_meta(item.id, error, status=status, extra=item.record_extra())
-    return Settlement(
-        item.lease, result_key=_result_key(item), record=record, reply=item.reply, dead_reason=dead_reason
-    )
+    return Settlement(item.lease, _result_key(item), record, item.reply, dead_reason=dead_reason, request_id=item.id)
+
+
+def _id(item: InFlight) -> str:
+    """Its id; empty where the message names none, so that nobody can ask."""
+    return "" if item.id == item.lease else item.id
 
 
 def _result_key(item: InFlight) -> str:

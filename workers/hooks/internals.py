@@ -32,6 +32,7 @@ RELIED_UPON: Mapping[str, Mapping[str, str]] = {
         "kombu.transport.redis.MultiChannelPoller._register_BRPOP": "overridden: the waiting connection's socket",
         "kombu.transport.redis.MultiChannelPoller._register_LISTEN": "called for remote control",
         "kombu.transport.redis.MultiChannelPoller._update_brpop_polling": "overridden: does nothing",
+        "kombu.transport.redis.MultiChannelPoller.get": "overridden: claims first where there is no loop",
         "kombu.transport.redis.MultiChannelPoller.on_poll_start": "overridden: claims, then asks to be woken",
         "kombu.transport.redis.MultiChannelPoller.on_readable": "overridden: no prefetch limit holds a socket back",
         "kombu.transport.redis.MultiChannelPoller.maybe_refresh_binding_expiry": "overridden: outlives a broken broker",
@@ -62,6 +63,13 @@ RELIED_UPON: Mapping[str, Mapping[str, str]] = {
         "redis.connection.Connection.can_read": "whether more has come; true where it was closed",
         "redis._parsers.hiredis._HiredisParser.can_read": "the same",
         "redis._parsers.hiredis._HiredisParser.read_response": "returns what the broker pushed, when asked to",
+    },
+    "workers/hooks/backend.py": {
+        "celery.backends.base.Backend.restore_group": "overridden: its result is joined from the parts that came in",
+        "celery.backends.base.Backend.chord_error_from_stack": "overridden: the chord that the body is in is told too",
+        "celery.backends.base.Backend.mark_as_revoked": "overridden: what remote control revokes is cancelled",
+        "celery.backends.redis.RedisBackend._unpack_chord_result": "a part's answer, or ChordError",
+        "celery.backends.redis.RedisBackend.on_chord_part_return": "calls restore_group and joins what it returns",
     },
     "workers/hooks/consumer.py": {
         "celery.worker.consumer.consumer.Consumer.on_unknown_task": "overridden: refuses",

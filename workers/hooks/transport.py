@@ -5,28 +5,27 @@ side takes them: it waits without popping, and claims as many as there is room f
 belongs to a :class:`MessageSink`, which says how much it has room for, or is consumed one task at a time within
 Celery's prefetch limit.
 
-Waiting: one extra connection asks whether the lists exist, with client tracking on. The broker answers at once and then
-tells that connection, once, when one of them changes. Nothing is popped, no payload travels, and a worker that dies in
-its sleep takes nothing with it.
+How it waits is in :mod:`workers.broker.waiting`.
 """
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
 from kombu.transport import redis as kombu_redis
 from redis.exceptions import OutOfMemoryError, ReadOnlyError
 
-from shared import keys, wire
+from shared import wire
 from shared.contract import TASK_NAME
 from shared.errors import BadRequest
 from shared.limits import LimitsInForce
 from shared.signing import Signer
-from workers.broker.delivery import LEFT_OUT_SECONDS, Claim, LeasedMessage, Settlement
+from workers.broker.delivery import Claim, LeasedMessage, RedisDelivery, Settlement
+from workers.broker.pipelined import PipelinedScripts
+from workers.broker.waiting import Waiting
 from workers.ends.settler import Settler
 from workers.requests.ending import Ending
 from workers.requests.inflight import InFlight
@@ -52,12 +51,6 @@ class MessageSink(Protocol):
         """Called after every message of a claim was delivered."""
 
 
-class _Waiter:
-    """Holds the waiting connection where kombu's poller looks for a client's connection."""
-
-    connection: Any = None
-
-
 class TransportParts(dict[str, Any]):
     """What the transport needs of the worker: handed over among the transport options.
 
@@ -65,10 +58,15 @@ class TransportParts(dict[str, Any]):
     """
 
     def __init__(
-        self, settler: Settler, sinks: Mapping[str, MessageSink], signer: Signer, limits: LimitsInForce
+        self,
+        delivery: RedisDelivery,
+        settler: Settler,
+        sinks: Mapping[str, MessageSink],
+        signer: Signer,
+        limits: LimitsInForce,
     ) -> None:
         super().__init__()
-        self.delivery = settler.delivery
+        self.delivery = delivery
         self.leases = settler.leases
         self.settler = settler
         self.sinks = sinks
@@ -135,74 +133,14 @@ class Channel(kombu_redis.Channel):
     from_transport_options = (*kombu_redis.Channel.from_transport_options, "services")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.waiter = _Waiter()
-        self.unanswered = 0
-        self._armed_for: set[str] = set()
-        self._backlog: dict[str, int] = {}
-        self._look_at: dict[str, float] = {}
+        self.waiting = Waiting()
+        self._taken = 0
         self._unacknowledged: set[str] = set()
-        self._claiming: set[str] = set()
         super().__init__(*args, **kwargs)
         self.delivery = self.services.delivery
+        self._own_scripts = self.delivery.pipeline()
         self.leases = self.services.leases
         self.intakes = self.services.sinks
-
-    # -- waiting ----------------------------------------------------------------------------------------------------
-
-    def wake_connection(self) -> Any:
-        """The connection that waits; connected and tracking."""
-        if self.waiter.connection is None:
-            pool = self.async_pool
-            # Its health is checked by the question that it is asked: a PING would meet the answer to another.
-            options = {**pool.connection_kwargs, "protocol": 3, "health_check_interval": 0}
-            self.waiter.connection = pool.connection_class(**options)
-        connection = self.waiter.connection
-        if connection._sock is None:
-            connection.connect()
-            connection.send_command("CLIENT", "TRACKING", "ON")
-            connection.read_response()
-            self.unanswered = 0
-            self._armed_for.clear()
-        return connection
-
-    def arm(self, again: bool = False) -> None:
-        """Ask of the queues that are not known to hold anything whether they do, and to be told when they do.
-
-        The answer comes to the poller. ``again`` repeats the question where it was asked before.
-        """
-        connection = self.wake_connection()
-        if again:
-            self._armed_for.clear()
-        empty = (
-            {queue for queue in self.active_queues if not self._backlog.get(queue)} - self._claiming - self._armed_for
-        )
-        if empty:
-            self._armed_for |= empty
-            self.unanswered += 1
-            names = (name for queue in sorted(empty) for name in (*keys.lists_of(queue), *keys.lanes_of(queue)))
-            connection.send_command("EXISTS", *names)
-
-    def _brpop_read(self, **options: Any) -> bool:
-        """Something came on the waiting connection: the answer to the question, or the news of a change."""
-        connection = self.waiter.connection
-        found = False
-        try:
-            while True:
-                answer = connection.read_response(push_request=True)
-                if isinstance(answer, int):
-                    self.unanswered -= 1
-                    found = found or answer > 0
-                else:
-                    found = True
-                if not connection.can_read(timeout=0):
-                    break
-        except self.connection_errors:
-            connection.disconnect()
-            raise
-        if found:
-            self._armed_for.clear()
-            self.claim_all()
-        return found
 
     # -- claiming ---------------------------------------------------------------------------------------------------
 
@@ -216,40 +154,51 @@ class Channel(kombu_redis.Channel):
             return PREFETCH_UNLIMITED
         return max(0, limit - (len(self.qos._delivered) - len(self.qos._dirty)))
 
-    def claim_all(self) -> None:
-        """Claim from every queue that has room.
+    @property
+    def scripts(self) -> PipelinedScripts:
+        """The connection that claims: the loop's, or without one the channel's own, for each may have its thread."""
+        shared = self.delivery.scripts
+        return shared if shared.attached else self._own_scripts
 
-        The requests of an engine's queue are delivered when the answer comes; the loop goes on meanwhile.
+    def claim_all(self) -> bool:
+        """Claim from every queue that may hold something and has room; whether messages have been delivered.
+
+        In a loop they are when the answer comes; the loop goes on meanwhile.
         """
-        for queue in self.active_queues:
-            if queue in self._claiming:
-                continue
+        before = self._taken
+        for queue in self.waiting.due(self.active_queues):
             room = self.room(queue)
-            if room <= 0:
-                # It was not asked, so it may hold something.
-                self._backlog[queue] = max(1, self._backlog.get(queue, 0))
-                continue
-            then = partial(self._claimed, queue, time.monotonic())
-            if queue in self.intakes:
-                self._claiming.add(queue)
-                self.delivery.claim_soon(queue, room, then, partial(self._claiming.discard, queue))
-            else:
-                then(self.delivery.claim(queue, room))
+            if room > 0:
+                self._claim(queue, room)
+        return self._taken > before
 
-    def _claimed(self, queue: str, asked: float, claim: Claim) -> None:
+    def _claim(self, queue: str, room: int) -> None:
+        scripts = self.scripts
+        scripts.tell(self)
+        self.waiting.asked(queue)
+        self.delivery.claim_soon(queue, room, partial(self._claimed, queue), partial(self.waiting.lost, queue), scripts)
+
+    def changed(self, names: Collection[bytes] | None) -> None:
+        """Something has changed in the broker."""
+        if self.waiting.changed(names) and names is not None:
+            self.claim_all()
+
+    def _brpop_read(self, **options: Any) -> bool:
+        """Without a loop: something came on the connection that claims."""
+        before = self._taken
+        self._own_scripts.readable()
+        return self._taken > before
+
+    def _claimed(self, queue: str, claim: Claim) -> None:
         """Deliver what a claim brought."""
-        self._claiming.discard(queue)
-        self._backlog[queue] = claim.waiting
+        took = self.waiting.answered(queue, claim)
         consumed = queue in self.active_queues and not self.closed
-        if not consumed or time.monotonic() - asked > STALE_SHARE * self.delivery.lease_seconds:
+        if not consumed or took > STALE_SHARE * self.delivery.lease_seconds:
             # Nobody has kept these leases yet, so some may have been taken over: what is ours goes back.
             self.delivery.settle([Settlement.give_back(message.lease) for message in reversed(claim.messages)])
-            self._backlog[queue] = 1
+            self.waiting.doubt(queue)
             return
-        if claim.left_out and not claim.waiting:
-            self._look_at[queue] = time.monotonic() + LEFT_OUT_SECONDS
-        else:
-            self._look_at.pop(queue, None)
+        self._taken += len(claim.messages)
         if queue in self._unacknowledged:
             self.delivery.settle([Settlement(message.lease) for message in claim.messages])
         intake = self.intakes.get(queue)
@@ -278,14 +227,6 @@ class Channel(kombu_redis.Channel):
         if message is not None and no_ack:
             self.delivery.settle([Settlement(message.delivery_tag)])
         return message
-
-    @property
-    def backlog(self) -> bool:
-        """Whether a queue with room is known to hold messages."""
-        now = time.monotonic() if self._look_at else 0.0
-        due = (queue for queue, when in self._look_at.items() if now >= when)
-        held = (queue for queue, waiting in self._backlog.items() if waiting)
-        return any(queue not in self._claiming and self.room(queue) > 0 for queue in (*due, *held))
 
     def _hand_over(self, queue: str, message: LeasedMessage, intake: MessageSink | None) -> None:
         """Requests go straight to their intake, everything else to Celery's consumer."""
@@ -343,36 +284,51 @@ class Channel(kombu_redis.Channel):
         return super().message_to_python(raw_message)
 
     def close(self) -> None:
-        """Close the waiting connection, then everything else."""
-        if self.waiter.connection is not None:
-            self.waiter.connection.disconnect()
+        """Close the channel's own connection, then everything else."""
+        self._own_scripts.close()
         super().close()
 
 
 class Poller(kombu_redis.MultiChannelPoller):
-    """Polls the waiting connection of each channel in place of a blocking pop."""
+    """Lets the channels claim, and watches the connections that are not watched by the worker's loop itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._in_loop: set[Any] = set()
+
+    def get(self, callback: Any, timeout: float | None = None) -> None:
+        """Without a loop: deliver something, or wait for it."""
+        if not any(channel.claim_all() for channel in self._channels if channel.active_queues):
+            super().get(callback, timeout)
 
     def _register_BRPOP(self, channel: Channel) -> None:  # noqa: N802  # kombu's name
-        connection = channel.wake_connection()
-        ident = (channel, channel.waiter, "BRPOP")
-        if self._chan_to_sock.get(ident) is not connection._sock:
-            self._fd_to_chan[connection._sock.fileno()] = (channel, "BRPOP")
-            self._chan_to_sock[ident] = connection._sock
-            self.poller.register(connection._sock, self.eventflags)
-        channel.arm()
+        sock, ident = channel.scripts.socket, (channel, channel.client, "BRPOP")
+        if channel.delivery.scripts.attached or sock is None or self._chan_to_sock.get(ident) is sock:
+            return
+        mine = (channel, "BRPOP")
+        for fileno in [fileno for fileno, entry in self._fd_to_chan.items() if entry == mine]:
+            del self._fd_to_chan[fileno]
+        self._fd_to_chan[sock.fileno()], self._chan_to_sock[ident] = mine, sock
+        self.poller.register(sock, self.eventflags)
 
     def _update_brpop_polling(self) -> None:
         """Nothing is ever popped, so nothing has to be held back while there is no room."""
 
     def on_poll_start(self) -> None:
-        """Before the loop sleeps: claim what is known to be there, then ask to be woken."""
+        """Before the loop sleeps: claim what may be there."""
         for channel in self._channels:
             if channel.active_queues:
-                if channel.backlog:
-                    channel.claim_all()
+                channel.claim_all()
                 self._register_BRPOP(channel)
             if channel.active_fanout_queues:
                 self._register_LISTEN(channel)
+
+    def turn(self, loop: Any, on_readable: Any) -> None:
+        """The same in a loop, which gets to know new connections."""
+        self.on_poll_start()
+        known, self._in_loop = self._in_loop, set(self._chan_to_sock.values())
+        for sock in self._in_loop - known:
+            loop.add_reader(sock, on_readable, sock.fileno())
 
     def on_readable(self, fileno: int) -> None:
         """One of our sockets has something to say."""
@@ -392,14 +348,15 @@ class Poller(kombu_redis.MultiChannelPoller):
                 logger.debug("cannot refresh the bindings, trying again: %s", error)
 
     def maybe_check_brpop_health(self) -> None:
-        """Ask again; a broker that has not answered the last question by now is not there."""
+        """Look again, whatever is known; a broker that owes an answer by now is not there."""
         for channel in self._channels:
-            if channel.unanswered:
+            if channel.waiting.silent():
+                channel.scripts.poll()  # the answer may be there: then it was this process that stood still
+            if channel.waiting.silent():
                 logger.warning("the broker does not answer; reconnecting")
-                channel.waiter.connection.disconnect()
+                channel.scripts.close()
                 raise ConnectionError("the broker does not answer")
-            if channel.active_queues:
-                channel.arm(again=True)
+            channel.waiting.changed(None)
 
 
 class Transport(kombu_redis.Transport):
@@ -413,8 +370,14 @@ class Transport(kombu_redis.Transport):
         self.cycle = Poller()
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
-        """Kombu leaves its callback in the loop when a connection is gone, and with it all that the connection was."""
+        """Kombu leaves its callback in the loop when a connection is gone, and with it all that the connection was.
+
+        At each turn of the loop it also gives it every socket again.
+        """
         loop.on_tick -= self._ticks
         before = set(loop.on_tick)
         super().register_with_event_loop(connection, loop)
-        Transport._ticks = loop.on_tick - before
+        loop.on_tick &= before
+        tick = partial(self.cycle.turn, loop, self.on_readable)
+        loop.on_tick.add(tick)
+        Transport._ticks = {tick}

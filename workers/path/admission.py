@@ -19,7 +19,7 @@ from workers.ends.settler import frames
 from workers.models.manager import ModelManager
 from workers.observe.observers import Observers
 from workers.path.expiry import Expiry
-from workers.path.waiting import WaitingRoom
+from workers.path.waiting_room import WaitingRoom
 from workers.requests.ending import Ending
 from workers.requests.inflight import InFlight, State
 from workers.requests.table import RequestTable
@@ -83,17 +83,17 @@ class Admission:
 
     def _admit(self, item: InFlight) -> None:
         wire.check_body(item.body, self._limits.now.max_payload_bytes)
-        eta = item.eta
-        if eta is not None and eta > item.claimed:
-            self._outbox.add(Ending.delayed(item, eta))
-            return
         read_before = item.embed is not None
         args, kwargs, item.embed = item.decode()
-        if not read_before:
+        later = item.due > item.claimed
+        if not later and not read_before:
             self._observers.tell("request_received", item)
         item.request = request = item.validated(args, kwargs)
         if (ending := self._expiry.unwanted(item, item.claimed)) is not None:
             self._outbox.add(ending)
+            return
+        if later:  # not before it is known that it was not cancelled
+            self._table.move(item, State.ASKING)
             return
         if not self._models.serves(request.model, request.kind, request.features):
             decision = self._fallback.elsewhere(request, item.hops, item.sent)
@@ -109,19 +109,26 @@ class Admission:
             self._wait(item, item.claimed)
 
     def ask(self) -> None:
-        """Other senders may use an id twice: such a message waits for the other one, and ends with its answer."""
+        """Other senders may use an id twice: such a message waits for the other one, and ends with its answer.
+
+        What is to run later is asked for too: it may have been cancelled while it waited.
+        """
         asking = self._table.all(State.ASKING)
         if not asking:
             return
-        verdicts = self._delivery.begin([(item.lease, item.id) for item in asking])
-        done = [item.id for item, verdict in zip(asking, verdicts, strict=True) if verdict is Verdict.DONE]
-        cancelled = self._delivery.cancelled_among(done)
-        for item, verdict in zip(asking, verdicts, strict=True):
-            if verdict is Verdict.RUN:
+        foreign = [item for item in asking if item.foreign]
+        begun = self._delivery.begin([(item.lease, item.id) for item in foreign])
+        verdicts = dict(zip(foreign, begun, strict=True))
+        gone = self._delivery.cancelled_among([item.id for item in asking if not item.foreign])
+        for item in asking:
+            verdict = verdicts.get(item) or (Verdict.REVOKED if item.id in gone else Verdict.RUN)
+            if verdict is Verdict.RUN and item.due > item.claimed:
+                self._outbox.add(Ending.delayed(item, item.due))
+            elif verdict is Verdict.RUN:
                 self._wait(item, item.claimed)
             elif verdict is Verdict.WAIT:
                 self._outbox.add(Ending.delayed(item, item.claimed + SAME_ID_SECONDS))
-            elif item.id in cancelled:  # it has its record, but the rest of its canvas does not know
+            elif verdict is Verdict.REVOKED:  # it has its record, but the rest of its canvas does not know
                 self._outbox.add(Ending.cancelled(item))
             else:
                 self._outbox.add(Ending.duplicate(item))

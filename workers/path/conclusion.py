@@ -16,7 +16,7 @@ from workers.ends.settler import frames
 from workers.engines.base import EngineOutput
 from workers.path.results import result_of
 from workers.path.runner import Finished
-from workers.path.waiting import WaitingRoom
+from workers.path.waiting_room import WaitingRoom
 from workers.requests.ending import Ending
 from workers.requests.inflight import InFlight
 from workers.routing.fallback import Fallback

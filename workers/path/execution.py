@@ -13,7 +13,7 @@ from workers.observe.observers import Observers
 from workers.path.batcher import Batch, FlushReason
 from workers.path.expiry import Expiry
 from workers.path.runner import EngineRunner
-from workers.path.waiting import ALONE, WaitingRoom
+from workers.path.waiting_room import ALONE, WaitingRoom
 from workers.requests.ending import Ending
 from workers.requests.inflight import InFlight, State
 from workers.requests.table import RequestTable

@@ -7,7 +7,7 @@ from collections.abc import Container
 from shared.contract import InferenceRequest
 from shared.errors import DeadlineExceeded
 from workers.models.manager import ModelManager
-from workers.path.waiting import WaitingRoom
+from workers.path.waiting_room import WaitingRoom
 from workers.requests.ending import Ending
 from workers.requests.inflight import InFlight
 

@@ -30,7 +30,7 @@ from workers.path.conclusion import Conclusion, Pause
 from workers.path.execution import Execution, Loop
 from workers.path.expiry import Expiry
 from workers.path.runner import BatchDone, EngineRunner, Event, Finished, ModelsChanged, TokensMade
-from workers.path.waiting import WaitingRoom
+from workers.path.waiting_room import WaitingRoom
 from workers.requests.ending import Ending
 from workers.requests.inflight import InFlight, State
 from workers.requests.table import RequestTable

@@ -124,10 +124,10 @@ class InFlight:
             message = wire.loads_object(payload)
         except UndecodableMessage:
             message = {}
-        headers, properties, body = message.get("headers"), message.get("properties"), message.get("body")
+        headers, properties = message.get("headers"), message.get("properties")
         return cls(
             lease, queue, headers if isinstance(headers, dict) else {},
-            properties if isinstance(properties, dict) else {}, body if isinstance(body, str) else "", 0.0,
+            properties if isinstance(properties, dict) else {}, wire.salvaged_body(message), 0.0,
         )  # fmt: skip
 
     # -- what the message says --------------------------------------------------------------------------------------
@@ -176,6 +176,11 @@ class InFlight:
     def expires(self) -> float | None:
         """The time after which Celery's sender no longer wants it run."""
         return _timestamp(self.headers.get("expires"))
+
+    @property
+    def due(self) -> float:
+        """The time at which it is to be looked at: to be run or, where it expires before that, to be ended."""
+        return min(self.eta or 0.0, self.expires or float("inf"))
 
     def last_moment(self) -> float | None:
         """The earlier of the deadline and ``expires``: its lease is not kept longer."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from shared import keys, wire
-from shared.contract import EngineName
+from shared.contract import TASK_NAME, EngineName
 from shared.errors import BadRequest, DeadlineExceeded, EngineOutage, FleetError
 from shared.limits import LimitsInForce
 from shared.registry import WorkerInfo
@@ -24,7 +24,8 @@ from workers.routing.fallback import Fallback, ending_of
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = 256
+AT_ONCE = 32
+"""Messages that are claimed together: nobody keeps their leases, so they are to end soon."""
 MOST = 4096
 """Messages that one look moves."""
 
@@ -74,6 +75,9 @@ class Rescuer:
             if not claim.messages:
                 break
             endings = [self.ending_of(engine, message, claim.now) for message in claim.messages]
+            if claim.cancelled:
+                gone = self._delivery.cancelled_among([ending.item.id for ending in endings])
+                endings = [Ending.cancelled(one.item) if one.item.id in gone else one for one in endings]
             self._settler.end(endings, on_loop=False)
             moved += len(claim.messages)
         if moved:
@@ -86,14 +90,18 @@ class Rescuer:
         try:
             envelope = wire.decode_envelope(message.payload, self._limits.now.max_payload_bytes)
             item = InFlight(message.lease, queue, envelope["headers"], envelope["properties"], envelope["body"], now)
+            if item.headers.get("task") != TASK_NAME:
+                raise BadRequest(f"there is no task {item.headers.get('task')!r} here; there is {TASK_NAME}")
             args, kwargs, item.embed = item.decode()
         except BadRequest as error:
             return Ending.refused(InFlight.unreadable(message.lease, queue, message.payload, error), error)
         gone = EngineOutage(f"no live worker serves the {engine} queue")
         try:
-            if item.eta is not None and item.eta > now:
-                return Ending.delayed(item, item.eta)
             item.request = request = item.validated(args, kwargs)
+            if item.due > now:
+                return Ending.delayed(item, item.due)
+            if item.expires is not None and item.expires <= now:
+                return Ending.expired(item)
             if request.expired(now):
                 raise DeadlineExceeded(f"the request's deadline passed ({gone})")
             decision = self._fallbacks[engine].elsewhere(request, item.hops, item.sent)

@@ -15,9 +15,10 @@ import yaml
 from producer import Client
 from shared.embedded import EmbeddedBroker
 from shared.settings_loader import load_settings
-from tests.conftest import FAKE, ROOT, FleetUnderTest, eventually
-from tests.integration.client.test_submitting import ECHO, bare_app
-from tests.integration.path.test_dead_letters import muai
+from tests.support.fleet import FAKE, ROOT, FleetUnderTest
+from tests.support.requests import ECHO, bare_app
+from tests.support.shell import muai_says
+from tests.support.waiting import eventually
 from workers.celery import create_app
 
 PASSWORD = "only here"  # noqa: S105  # of a broker that lives as long as its test
@@ -98,8 +99,8 @@ def test_every_role_can_do_its_work(guarded: EmbeddedBroker, fleet: FleetUnderTe
         (pong,) = create_app(operator).control.inspect(timeout=2).ping().values()
         assert pong == {"ok": "pong"}
         operating = FleetUnderTest(url(guarded, "operator"), fleet.folder, fleet.config)
-        assert "no dead letters" in muai(operating, "list")
-        eventually(lambda: seen >= {"worker-online", "task-received", "task-succeeded"}, 10, "the events")
+        assert "no dead letters" in muai_says(operating, "dead", "list")
+        eventually(lambda: seen >= {"worker-online", "task-received", "task-succeeded"}, what="the events")
     finally:
         done.set()
         watcher.join()

@@ -14,7 +14,7 @@ from kombu.asynchronous import Hub
 from shared.broker import connect
 from shared.embedded import EmbeddedBroker
 from shared.settings import FleetSettings
-from tests.conftest import eventually
+from tests.support.waiting import eventually
 from workers.broker.pipelined import PipelinedScripts
 
 ECHO = """
@@ -71,12 +71,12 @@ def test_answers_come_in_order_while_the_loop_goes_on(broker, redis_client, hub:
     scripts = Scripts(broker)
     scripts.scripts.attach(hub)
     scripts.send("warm")
-    eventually(lambda: next(hub.loop) or scripts.seen, 10)
+    eventually(lambda: next(hub.loop) or scripts.seen)
 
     scripts.send("a", then=lambda: scripts.send("c"))
     scripts.send("b")
     assert scripts.seen == ["warm"]
-    eventually(lambda: next(hub.loop) or len(scripts.seen) == 4, 10)
+    eventually(lambda: next(hub.loop) or len(scripts.seen) == 4)
     redis_client.script_flush()
     scripts.send("d", "e")
     scripts.scripts.wait()
@@ -114,7 +114,7 @@ def test_a_connection_that_ends_loses_what_was_under_way(own: EmbeddedBroker, hu
     own.kill()
 
     with pytest.raises(redis.ConnectionError):
-        eventually(lambda: next(hub.loop), 10)
+        eventually(lambda: next(hub.loop))
 
     assert scripts.seen == ["a", "lost c", "lost b"]
     with pytest.raises(redis.ConnectionError):
@@ -124,7 +124,7 @@ def test_a_connection_that_ends_loses_what_was_under_way(own: EmbeddedBroker, hu
     loop = hub.create_loop()
     scripts.scripts.attach(hub)
     scripts.send("d")
-    eventually(lambda: next(loop) or scripts.seen[-1] == "d", 10)
+    eventually(lambda: next(loop) or scripts.seen[-1] == "d")
     scripts.scripts.detach()
 
 
@@ -179,7 +179,7 @@ def test_an_idle_connection_that_is_closed_is_made_anew(own: EmbeddedBroker, hub
     scripts.scripts.wait()
     with redis.Redis.from_url(own.url) as client:
         client.client_kill_filter(_type="normal", skipme=True)
-    eventually(lambda: next(hub.loop) or not hub.readers, 10)
+    eventually(lambda: next(hub.loop) or not hub.readers)
 
     scripts.send("b")
     scripts.scripts.wait()

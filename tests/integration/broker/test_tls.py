@@ -15,9 +15,9 @@ from celery import Celery
 from producer import Client
 from shared.errors import BrokerUnavailable
 from shared.settings_loader import load_settings
-from tests.conftest import FleetUnderTest
-from tests.integration.client.test_submitting import ECHO
-from tests.security import Authority, tls_in_front_of
+from tests.support.fleet import FleetUnderTest
+from tests.support.requests import ECHO
+from tests.support.security import Authority, tls_in_front_of
 from workers.celery import create_app
 
 

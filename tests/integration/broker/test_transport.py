@@ -13,8 +13,9 @@ from kombu.asynchronous import Hub
 
 from shared import keys
 from shared.embedded import EmbeddedBroker
-from tests.conftest import FleetUnderTest, eventually
-from tests.integration.client.test_submitting import ECHO
+from tests.support.fleet import FleetUnderTest
+from tests.support.requests import ECHO
+from tests.support.waiting import eventually
 from workers.celery import create_app
 
 
@@ -48,7 +49,7 @@ def test_running_requests_are_seen_by_inspect(make_fleet) -> None:
         answer = app.control.inspect(timeout=1).active() or {}
         return [task for tasks in answer.values() for task in tasks]
 
-    (task,) = eventually(running, 10)
+    (task,) = eventually(running)
 
     assert (task["id"], task["name"], task["args"]) == (handle.id, "muai.infer", [])
     assert "hello" not in str(task)
@@ -72,7 +73,7 @@ def test_ordinary_kombu_consumers_acknowledge_reject_and_requeue(
             getattr(message, decide[body["n"]].pop(0))()
 
         with Consumer(connection, [Queue("plain")], callbacks=[take], accept=["json"]):
-            eventually(lambda: connection.drain_events(timeout=5) or len(taken) == 4, 20)
+            eventually(lambda: connection.drain_events(timeout=5) or len(taken) == 4)
 
     assert sorted(taken) == [0, 1, 1, 2]
     assert redis_client.zcard(keys.LEASE_INDEX) == 0
@@ -88,15 +89,16 @@ def test_asking_again_while_news_waits_to_be_read(make_fleet) -> None:
         taken = []
         consumer = Consumer(channel, [Queue("plain")], accept=["json"], on_message=taken.append)
         consumer.consume()
-        channel.arm()
-        channel.wake_connection().next_health_check = 0.0  # as after health_check_interval seconds
+        assert channel.claim_all() is False
+        connection.Producer(serializer="json").publish({}, routing_key="plain", exchange="")
 
-        channel.arm(again=True)
+        connection.transport.cycle.maybe_check_brpop_health()  # as from time to time
 
         connection.Producer(serializer="json").publish({}, routing_key="plain", exchange="")
-        eventually(lambda: connection.drain_events(timeout=5) or taken, 20)
-        taken[0].ack()
-    app.fleet.stop()
+        eventually(lambda: connection.drain_events(timeout=5) or len(taken) == 2)
+        for message in taken:
+            message.ack()
+    app.fleet.stopping.run()
 
 
 def test_an_acknowledgement_that_fails_lets_the_lease_lapse(tmp_path: Path, make_fleet) -> None:
@@ -110,7 +112,7 @@ def test_an_acknowledgement_that_fails_lets_the_lease_lapse(tmp_path: Path, make
             connection.Producer(serializer="json").publish({}, routing_key="plain", exchange="")
             consumer = Consumer(connection, [Queue("plain")], accept=["json"], on_message=taken.append)
             consumer.consume()
-            eventually(lambda: connection.drain_events(timeout=5) or taken, 20)
+            eventually(lambda: connection.drain_events(timeout=5) or taken)
             held = app.fleet.leases.table.read()
             own.kill()
 
@@ -119,7 +121,7 @@ def test_an_acknowledgement_that_fails_lets_the_lease_lapse(tmp_path: Path, make
 
             assert [lease for lease, _ in held] == [taken[0].delivery_tag]
             assert app.fleet.leases.table.read() == []
-        app.fleet.stop()
+        app.fleet.stopping.run()
 
 
 def test_what_a_consumer_leaves_open_goes_back(fleet: FleetUnderTest, redis_client: redis.Redis) -> None:
@@ -134,7 +136,7 @@ def test_what_a_consumer_leaves_open_goes_back(fleet: FleetUnderTest, redis_clie
         with Consumer(
             connection, [Queue("open")], callbacks=[lambda body, message: seen.append(body)], accept=["json"]
         ):
-            eventually(lambda: connection.drain_events(timeout=5) or len(seen) == 5, 20)
+            eventually(lambda: connection.drain_events(timeout=5) or len(seen) == 5)
         assert redis_client.zcard(keys.LEASE_INDEX) == 5
 
     assert redis_client.llen("open") == 5

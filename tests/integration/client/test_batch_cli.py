@@ -14,22 +14,9 @@ import pytest
 
 from shared import keys
 from shared.embedded import EmbeddedBroker
-from tests.conftest import ROOT, FleetUnderTest, eventually
-
-TIMEOUT = 60
-
-
-def start(fleet: FleetUnderTest, *arguments: str, **options) -> subprocess.Popen[bytes]:
-    """Start ``muai`` with this fleet's environment."""
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.Popen([sys.executable, "-m", "producer.cli", *arguments], cwd=ROOT, env=fleet.environ, **pipes)
-
-
-def muai(fleet: FleetUnderTest, *arguments: str, stdin: str = "") -> tuple[int, str, str]:
-    """Run ``muai``: ``(exit status, output, error output)``."""
-    process = start(fleet, *arguments, stdin=subprocess.PIPE)
-    out, err = process.communicate(stdin.encode(), timeout=TIMEOUT)
-    return process.returncode, out.decode(), err.decode()
+from tests.support.fleet import ROOT, FleetUnderTest
+from tests.support.shell import TIMEOUT, muai, start
+from tests.support.waiting import eventually
 
 
 def write_prompts(path: Path, count: int) -> list[str]:
@@ -125,11 +112,8 @@ def test_a_failed_request_is_one_line_and_status_two(fleet):
 
 def test_a_waiting_request_can_be_cancelled(make_fleet):
     """A request that nobody has taken yet is cancelled, and its caller is told."""
-    fleet = make_fleet(optimization={"fake": {"latency_ms": 1500}, "batcher": {"max_batch_size": 1}})
-    fleet.start_worker()
-    for number in range(3):
-        fleet.client.submit(model="echo", inputs={"prompt": f"before {number}"})
-    request_id = muai(fleet, "submit", "-m", "echo", "--prompt", "x", "--no-wait")[1].strip()
+    fleet = make_fleet()
+    request_id = muai(fleet, "submit", "-m", "echo", "--prompt", "x", "--timeout", "600", "--no-wait")[1].strip()
 
     cancelled = muai(fleet, "cancel", request_id)
 
@@ -383,13 +367,13 @@ def test_a_lost_broker_stops_the_run_and_not_the_file(tmp_path):
     assert_answered(target, prompts)
 
 
-@pytest.mark.parametrize("count", [20_000])
+@pytest.mark.parametrize("count", [5000])
 def test_a_large_file_takes_little_memory(fleet, tmp_path, count):
-    """What is under way is bounded, so is the memory: 20,000 lines of 1 kB in under 200 MB."""
+    """What is under way is bounded, so is the memory: 5,000 lines of 4 kB in under 200 MB."""
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     with source.open("w") as stream:
         for number in range(count):
-            stream.write(json.dumps({"prompt": f"{number} " + "x" * 1000, "max_tokens": 8}) + "\n")
+            stream.write(json.dumps({"prompt": f"{number} " + "x" * 4000, "max_tokens": 8}) + "\n")
 
     process = start(fleet, "batch", str(source), str(target), "-m", "echo", stderr=subprocess.DEVNULL)
     peak = 0

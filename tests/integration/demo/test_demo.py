@@ -10,7 +10,7 @@ import sys
 import psutil
 import pytest
 
-from tests.conftest import ROOT
+from tests.support.fleet import ROOT
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -11,8 +11,8 @@ import redis
 from shared.contract import EngineName
 from shared.errors import EngineError, NoDeviceAvailable
 from shared.settings import Settings
-from tests.conftest import eventually
-from tests.integration.devices.test_monitor import Scripted
+from tests.integration.devices.scripted import Scripted
+from tests.support.waiting import eventually
 from workers.devices.devices import Devices
 from workers.devices.nvml import Detected, Gpu
 

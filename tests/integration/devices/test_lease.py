@@ -15,8 +15,8 @@ import shared.gpus
 import workers.devices.lease
 from shared.broker import lua
 from shared.embedded import EmbeddedBroker
-from tests.conftest import eventually
 from tests.integration.devices.nvml.standin import uuid_of
+from tests.support.waiting import eventually
 from workers.devices.lease import GpuLeases, Lease, LeaseHolder
 
 GPUS = [uuid_of(index) for index in range(4)]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
-
 import pytest
 
 from shared.errors import EngineError, EngineOutOfMemory
-from tests.conftest import eventually
+from tests.integration.devices.scripted import Scripted
+from tests.support.waiting import eventually
 from workers.devices.monitor import (
     HARDWARE_MARK_SECONDS,
     SOFTWARE_MARK_SECONDS,
@@ -70,22 +68,6 @@ def test_repeated_cuda_errors_within_a_minute_are_a_failure_of_all_held_gpus() -
 )
 def test_cuda_errors_are_told_from_others(outcome: object, expected: bool) -> None:
     assert is_cuda_error(outcome) is expected
-
-
-class Scripted:
-    """Readings as the test says."""
-
-    def __init__(self) -> None:
-        self.problem = ""
-        self.reads = 0
-        self.closed = threading.Event()
-
-    def read(self) -> Sequence[Reading]:
-        self.reads += 1
-        return [Reading("GPU-a", problem=self.problem)]
-
-    def close(self) -> None:
-        self.closed.set()
 
 
 def watched(check_seconds: float) -> tuple[Scripted, DeviceMonitor, list[Failure]]:

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.integration.devices.nvml.standin import StandIn, StandInGpu, uuid_of
+from tests.support.fleet import ROOT
 from workers.devices.nvml import Gpu, permitted
 
 Ask = Callable[..., Any]

@@ -19,8 +19,9 @@ import redis
 
 from shared.embedded import EmbeddedBroker
 from shared.gpus import read_gpus
-from tests.conftest import ROOT, eventually
 from tests.integration.devices.nvml.standin import StandIn
+from tests.support.fleet import ROOT
+from tests.support.waiting import eventually
 
 LEASE = 0.8
 STARTS = 60
@@ -193,7 +194,7 @@ def test_processes_that_are_stopped_killed_and_frozen_never_share_a_gpu(machine,
             done[how] += 1
             holder.signal({"term": signal.SIGTERM, "kill": signal.SIGKILL, "freeze": signal.SIGSTOP}[how])
             if how != "freeze":
-                eventually(lambda: not holder.alive, 10, "the process's end")
+                eventually(lambda: not holder.alive, what="the process's end")
         return True
 
     while len(every) < STARTS:
@@ -210,7 +211,7 @@ def test_processes_that_are_stopped_killed_and_frozen_never_share_a_gpu(machine,
     assert count > STARTS / 2
     assert min(done.values()) >= 5
     assert all(len(set(line["gpus"])) in (1, 2) for holder in every for line in holder.lines if "gpus" in line)
-    eventually(lambda: not read_gpus(redis_client).leases, 10, "the end of all leases")
+    eventually(lambda: not read_gpus(redis_client).leases, what="the end of all leases")
 
 
 def test_a_frozen_holder_loses_its_gpu_and_learns_so(machine, start) -> None:

@@ -11,8 +11,9 @@ import redis
 from producer.doctor.broker import check_gpu_leases
 from shared.findings import Grade
 from shared.gpus import read_gpus
-from tests.conftest import ROOT, FleetUnderTest, eventually
 from tests.integration.devices.nvml.standin import StandIn
+from tests.support.fleet import ROOT, FleetUnderTest
+from tests.support.waiting import eventually
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("transformers")

@@ -16,36 +16,29 @@ import pytest
 from producer import InferenceResult
 from shared.embedded import free_port
 from shared.errors import ContextTooLong, EngineError
-from tests.conftest import ROOT, FleetUnderTest, eventually
-from tests.contract.test_engines import prompts
-from tests.integration.client.test_submitting import ECHO
-from tests.tiny_models import CONTEXT, greedy_reference, make_bert, make_llama, make_qwen, mean_vectors
+from tests.support.engines import greedy_tokens, prompts
+from tests.support.fleet import ROOT, FleetUnderTest
+from tests.support.models import Models
+from tests.support.requests import ECHO
+from tests.support.tiny_models import CONTEXT, mean_vectors
+from tests.support.waiting import eventually
 
 MAX_TOKENS = 8
 
 pytestmark = pytest.mark.timeout(240)
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny Llama and a tiny encoder, and room for conversions."""
-    folder = tmp_path_factory.mktemp("fleet-models")
-    make_llama(folder / "llama")
-    make_qwen(folder / "qwen")
-    make_bert(folder / "bert")
-    return folder
-
-
-def configuration(models: Path, **changes: object) -> dict[str, object]:
+def configuration(models: Models, **changes: object) -> dict[str, object]:
     """A fleet that serves the tiny models on both engines."""
     return {
         "optimization": {"engine_preference": ["onnx", "pytorch"], **changes},
         "models": {
-            "cache_dir": str(models / "cache"),
+            "cache_dir": str(models.cache),
             "catalog": {
-                "llama": {"path": str(models / "llama"), "kinds": ["generate", "chat"]},
-                "qwen": {"path": str(models / "qwen"), "kinds": ["generate"]},
-                "bert": {"path": str(models / "bert"), "kinds": ["embed"]},
+                "llama": {"path": str(models.path("llama")), "kinds": ["generate", "chat"]},
+                "shallow": {"path": str(models.path("shallow")), "kinds": ["generate"]},
+                "qwen": {"path": str(models.path("qwen")), "kinds": ["generate"]},
+                "bert": {"path": str(models.path("bert")), "kinds": ["embed"]},
             },
         },
         "monitoring": {"server": {"preload_models": ["llama"]}},
@@ -53,9 +46,9 @@ def configuration(models: Path, **changes: object) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def reference(models: Path) -> dict[str, list[list[int]]]:
+def reference(models: Models) -> dict[str, list[list[int]]]:
     """Greedy tokens of transformers.generate, each prompt alone."""
-    return {name: greedy_reference(models / name, prompts(), MAX_TOKENS) for name in ("llama", "qwen")}
+    return {name: [row[:MAX_TOKENS] for row in greedy_tokens(models, name)] for name in ("llama", "qwen")}
 
 
 # Requirements: 3.1, 6.6
@@ -83,11 +76,11 @@ def test_two_hundred_prompts_equal_transformers_on_both_engines(make_fleet, mode
             assert largest > 8 if batching else largest == 1
 
 
-def test_embeddings_through_the_fleet_equal_transformers(make_fleet, models: Path) -> None:
+def test_embeddings_through_the_fleet_equal_transformers(make_fleet, models: Models) -> None:
     """Vectors of 200 texts, micro-batched on both engines, are within 1e-4 cosine distance of each text's alone."""
     fleet = make_fleet(configuration(models))
     fleet.start_worker("onnx,pytorch")
-    alone = mean_vectors(models / "bert", prompts())
+    alone = np.array(models.answers(mean_vectors, models.path("bert"), prompts()))
 
     for engine in ("onnx", "pytorch"):
         results = fleet.client.map(
@@ -103,7 +96,7 @@ def test_embeddings_through_the_fleet_equal_transformers(make_fleet, models: Pat
 
 
 # Requirements: 3.5, 15.3
-def test_a_failed_conversion_lets_pytorch_serve(make_fleet, models: Path, tmp_path: Path) -> None:
+def test_a_failed_conversion_lets_pytorch_serve(make_fleet, models: Models, tmp_path: Path) -> None:
     """When ONNX's conversion does not validate, the request goes on to PyTorch, with the reason in its history."""
     config = configuration(models, onnx={"validation_tolerance": 1e-12})
     config["models"]["cache_dir"] = str(tmp_path / "cache")
@@ -112,23 +105,23 @@ def test_a_failed_conversion_lets_pytorch_serve(make_fleet, models: Path, tmp_pa
     onnx = fleet.start_worker("onnx")
     fleet.start_worker("pytorch")
 
-    first = fleet.client.submit(model="llama", inputs={"prompt": "abc"}, params={"max_tokens": 4}).result(60)
+    first = fleet.client.submit(model="shallow", inputs={"prompt": "abc"}, params={"max_tokens": 4}).result(120)
 
     assert first.engine_used == "pytorch"
     (hop,) = first.metadata["hops"]
     assert hop["engine"] == "onnx"
     assert "deviates from the original" in hop["error"]
     eventually(
-        lambda: all("llama" not in e.models for w in fleet.client.fleet() for e in w.engines if e.name == "onnx"), 10,
-        "the registry's news that onnx cannot serve it",
-    )  # fmt: skip
-    second = fleet.client.submit(model="llama", inputs={"prompt": "abc"}, params={"max_tokens": 4}).result(30)
+        lambda: all("shallow" not in e.models for w in fleet.client.fleet() for e in w.engines if e.name == "onnx"),
+        what="the registry's news that onnx cannot serve it",
+    )
+    second = fleet.client.submit(model="shallow", inputs={"prompt": "abc"}, params={"max_tokens": 4}).result(60)
     assert (second.engine_used, second.metadata["hops"]) == ("pytorch", [])
     assert "deviates from the original" in fleet.log(onnx)
 
 
 # Requirements: 1.6
-def test_when_every_engine_fails_the_caller_gets_the_history(make_fleet, models: Path, tmp_path: Path) -> None:
+def test_when_every_engine_fails_the_caller_gets_the_history(make_fleet, models: Models, tmp_path: Path) -> None:
     """No engine left: one error that says what each of them said."""
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -144,7 +137,7 @@ def test_when_every_engine_fails_the_caller_gets_the_history(make_fleet, models:
 
 
 # Requirements: 13.3
-def test_fallback_can_be_switched_off(make_fleet, models: Path, tmp_path: Path) -> None:
+def test_fallback_can_be_switched_off(make_fleet, models: Models, tmp_path: Path) -> None:
     """With fallback_on_error off the first engine's error is the caller's."""
     config = configuration(models, onnx={"validation_tolerance": 1e-12}, fallback_on_error=False)
     config["models"]["cache_dir"] = str(tmp_path / "cache")
@@ -153,10 +146,10 @@ def test_fallback_can_be_switched_off(make_fleet, models: Path, tmp_path: Path) 
     fleet.start_worker("onnx,pytorch")
 
     with pytest.raises(EngineError, match="deviates"):
-        fleet.client.submit(model="llama", inputs={"prompt": "abc"}).result(60)
+        fleet.client.submit(model="shallow", inputs={"prompt": "abc"}).result(120)
 
 
-def test_a_prompt_beyond_the_context_never_hops(make_fleet, models: Path) -> None:
+def test_a_prompt_beyond_the_context_never_hops(make_fleet, models: Models) -> None:
     """It is the caller's error, said once, while those beside it are answered."""
     fleet = make_fleet(configuration(models))
     fleet.start_worker("onnx,pytorch")
@@ -171,7 +164,7 @@ def test_a_prompt_beyond_the_context_never_hops(make_fleet, models: Path) -> Non
     assert {o.engine_used for o in outcomes if isinstance(o, InferenceResult)} == {"onnx"}
 
 
-def test_least_recently_used_model_is_unloaded(make_fleet, models: Path) -> None:
+def test_least_recently_used_model_is_unloaded(make_fleet, models: Models) -> None:
     """Past max_cached the model used longest ago goes; loads and unloads are logged; all still answer."""
     config = configuration(models)
     config["models"]["max_cached"] = 1
@@ -235,7 +228,7 @@ def test_flower_shows_each_request_as_a_task(fleet: FleetUnderTest) -> None:
         ended = isinstance(tasks, dict) and {t for t, task in tasks.items() if task["state"] in ("SUCCESS", "FAILURE")}
         return tasks if ended and ended >= {*good, bad.id} else None
 
-    tasks = eventually(all_there, 20, "all tasks in Flower")
+    tasks = eventually(all_there, what="all tasks in Flower")
     assert {tasks[task]["state"] for task in good} == {"SUCCESS"}
     assert all(tasks[task]["runtime"] is not None and tasks[task]["retries"] == 0 for task in good)
     assert tasks[bad.id]["state"] == "FAILURE"

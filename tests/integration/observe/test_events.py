@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from celery import Celery
 
 from shared.errors import BadRequest
-from tests.conftest import FleetUnderTest, eventually
+from tests.support.events import captured
+from tests.support.fleet import FleetUnderTest
+from tests.support.waiting import eventually
 
 SENDER = ("hostname", "pid", "utcoffset")
-
-
-@contextmanager
-def captured(app: Celery) -> Iterator[list[dict[str, Any]]]:
-    """The events that are sent while the block runs."""
-    events: list[dict[str, Any]] = []
-    with app.connection_for_read() as connection:
-        receiver = app.events.Receiver(connection, handlers={"*": events.append})
-        listening = threading.Event()
-        receiver.on_consume_ready = lambda *_, **__: listening.set()
-
-        def capture() -> None:
-            for _ in receiver.consume(limit=None, timeout=None):
-                pass
-
-        thread = threading.Thread(target=capture)
-        thread.start()
-        assert listening.wait(10)
-        try:
-            yield events
-        finally:
-            receiver.should_stop = True
-            thread.join(10)
 
 
 def of_task(events: list[dict[str, Any]], request_id: str) -> list[dict[str, Any]]:

@@ -14,8 +14,9 @@ from shared import keys, wire
 from shared.contract import InferenceRequest
 from shared.embedded import EmbeddedBroker
 from shared.errors import BadRequest
-from tests.conftest import ROOT, eventually
 from tests.integration.observe.header_notes import NOTES
+from tests.support.fleet import ROOT
+from tests.support.waiting import eventually
 
 ECHO = {"model": "echo", "inputs": {"prompt": "abc"}}
 TRACE = ContextVar("TRACE", default="nothing")

@@ -12,8 +12,9 @@ from producer import Client
 from shared import keys, wire
 from shared.contract import InferenceRequest
 from shared.errors import BadRequest, FleetError, PayloadTooLarge, UnknownModel, UnsupportedKind
-from tests.conftest import FleetUnderTest, eventually
-from tests.integration.client.test_submitting import ECHO, bare_app
+from tests.support.fleet import FleetUnderTest
+from tests.support.requests import ECHO, bare_app
+from tests.support.waiting import eventually
 
 
 def send_raw(fleet: FleetUnderTest, request: dict[str, object]) -> str:
@@ -72,7 +73,7 @@ def test_unreadable_messages_become_dead_letters(fleet: FleetUnderTest, redis_cl
     rubbish = [b"{not json", b"[1,2]", b'{"a": 1}', b"\x80\x04\x95\xff", b""]
     redis_client.lpush("fake", *rubbish)
 
-    eventually(lambda: redis_client.xlen(keys.DEAD_LETTERS) == len(rubbish), 10, "the dead letters")
+    eventually(lambda: redis_client.xlen(keys.DEAD_LETTERS) == len(rubbish), what="the dead letters")
     assert fleet.client.submit(ECHO).result(10).text == "olleh"
     reasons = [fields[b"reason"] for _, fields in redis_client.xrange(keys.DEAD_LETTERS)]
     kept = [fields[b"message"] for _, fields in redis_client.xrange(keys.DEAD_LETTERS)]
@@ -114,7 +115,7 @@ def test_a_message_of_another_task(fleet: FleetUnderTest, redis_client) -> None:
 
     with pytest.raises(Exception, match="somebody.else"):
         answer.get(timeout=10)
-    eventually(lambda: redis_client.xlen(keys.DEAD_LETTERS) == 1, 10, "the dead letter")
+    eventually(lambda: redis_client.xlen(keys.DEAD_LETTERS) == 1, what="the dead letter")
     assert fleet.client.submit(ECHO).result(10).text == "olleh"
 
 

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from shared import keys
 from shared.errors import DeadLettered
-from tests.conftest import FleetUnderTest, eventually
+from tests.support.fleet import FleetUnderTest
+from tests.support.shell import muai_says
+from tests.support.waiting import eventually
 
 PRIVATE = "what nobody else should read"
-
-
-def muai(fleet: FleetUnderTest, *arguments: str, status: int = 0) -> str:
-    """The output of a ``muai dead`` command."""
-    done = subprocess.run(
-        [sys.executable, "-m", "producer.cli", "dead", *arguments], env={**os.environ, **fleet.environ},
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == status, done.stderr
-    return done.stdout + done.stderr
 
 
 def give_up(fleet: FleetUnderTest, request_id: str) -> None:
@@ -31,7 +20,7 @@ def give_up(fleet: FleetUnderTest, request_id: str) -> None:
     handle = fleet.client.submit(id=request_id, model="echo", inputs={"prompt": PRIVATE}, timeout=100)
     while not handle.done():
         process = fleet.start_worker()
-        eventually(lambda: any(w.in_flight for w in fleet.client.fleet()) or handle.done(), 20, "the request's start")
+        eventually(lambda: any(w.in_flight for w in fleet.client.fleet()) or handle.done(), what="the request's start")
         process.kill()
         process.wait()
         if handle.look() is not None:
@@ -48,21 +37,23 @@ def test_dead_letters_can_be_shown_replayed_and_dropped(make_fleet, redis_client
     redis_client.lpush("fake", b"not a message")
     quick = make_fleet(**slow)
     quick.start_worker()
-    eventually(lambda: redis_client.xlen(keys.DEAD_LETTERS) == 2, 20, "the second dead letter")
+    eventually(lambda: redis_client.xlen(keys.DEAD_LETTERS) == 2, what="the second dead letter")
 
-    table = muai(quick, "list")
-    (letter,) = [json.loads(line) for line in muai(quick, "list", "--json", "--reason", "delivered").splitlines()]
+    table = muai_says(quick, "dead", "list")
+    (letter,) = [
+        json.loads(line) for line in muai_says(quick, "dead", "list", "--json", "--reason", "delivered").splitlines()
+    ]
 
     assert "delivered 2 times" in table
     assert PRIVATE not in table
     assert letter["request"] == "poor"
     assert letter["queue"] == "fake"
-    assert PRIVATE not in muai(quick, "show", "poor")
-    assert PRIVATE in muai(quick, "show", letter["id"], "--inputs")
-    assert "no dead letter nobody" in muai(quick, "replay", "nobody", status=2)
-    assert "--all or --reason" in muai(quick, "drop", status=2)
+    assert PRIVATE not in muai_says(quick, "dead", "show", "poor")
+    assert PRIVATE in muai_says(quick, "dead", "show", letter["id"], "--inputs")
+    assert "no dead letter nobody" in muai_says(quick, "dead", "replay", "nobody", status=2)
+    assert "--all or --reason" in muai_says(quick, "dead", "drop", status=2)
 
-    assert muai(quick, "replay", "poor").strip() == "1 put back"
+    assert muai_says(quick, "dead", "replay", "poor").strip() == "1 put back"
     assert quick.client.handle("poor").result(20).text == PRIVATE[::-1]
-    assert muai(quick, "drop", "--all").strip() == "1 dropped"
-    assert "no dead letters" in muai(quick, "list")
+    assert muai_says(quick, "dead", "drop", "--all").strip() == "1 dropped"
+    assert "no dead letters" in muai_says(quick, "dead", "list")

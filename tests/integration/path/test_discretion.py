@@ -10,9 +10,10 @@ import pytest
 
 from shared import keys
 from shared.errors import FleetError
-from tests.conftest import FleetUnderTest, eventually
-from tests.integration.client.test_submitting import ECHO, bare_app
-from tests.integration.path.test_dead_letters import muai
+from tests.support.fleet import FleetUnderTest
+from tests.support.requests import ECHO, bare_app
+from tests.support.shell import muai_says
+from tests.support.waiting import eventually
 from workers.celery import create_app
 
 MARK = "xyzzy"
@@ -121,18 +122,18 @@ def test_no_input_and_no_output_gets_out(watched, redis_client) -> None:
         told.append(str(found) if isinstance(found, FleetError) else "")
     redis_client.lpush("fake", mark(), json.dumps({"body": mark(), "headers": {}, "properties": {}}))
     late = plain.send_task("muai.infer", kwargs={"request": ask(mark())}, queue="fake", countdown=60)
-    eventually(lambda: fleet.client.queue_lengths()["leased"] == 1, 10, "its wait")
+    eventually(lambda: fleet.client.queue_lengths()["leased"] == 1, what="its wait")
     assert client.cancel(late.id)
-    eventually(lambda: redis_client.xlen(keys.DEAD_LETTERS) >= 5, 10, "the dead letters")
+    eventually(lambda: redis_client.xlen(keys.DEAD_LETTERS) >= 5, what="the dead letters")
     assert client.submit(ECHO).result(10).text == "olleh"
 
     inspect = create_app(fleet.settings).control.inspect(timeout=1)
     ids = [answer.id for answer in sent]
     shown = json.dumps([inspect.active(), inspect.reserved(), inspect.query_task(*ids), inspect.stats()])
-    dead = muai(fleet, "list") + muai(fleet, "list", "--json")
+    dead = muai_says(fleet, "dead", "list") + muai_says(fleet, "dead", "list", "--json")
     log = fleet.log(fleet.processes[0])
     ended = {"task-succeeded", "task-failed", "task-revoked"}
-    eventually(lambda: {str(event["type"]) for event in events} >= ended, 10, "the events")
+    eventually(lambda: {str(event["type"]) for event in events} >= ended, what="the events")
 
     assert mark.count >= 40
     assert "DEBUG" in log

@@ -15,8 +15,9 @@ from kombu import serialization
 from shared import keys, wire
 from shared.contract import InferenceRequest
 from shared.errors import AnswerTooLarge, FleetError, PayloadTooLarge
-from tests.conftest import FleetUnderTest, eventually
-from tests.integration.client.test_submitting import ECHO, bare_app
+from tests.support.fleet import FleetUnderTest
+from tests.support.requests import ECHO, bare_app
+from tests.support.waiting import eventually
 from workers.celery import create_app
 
 DEEP = 300
@@ -109,7 +110,7 @@ def test_hostile_messages_end_and_nothing_else_does(make_fleet, redis_client) ->
         told[name] = found = fleet.client.handle(f"fake-{name}").outcome(20)
         assert isinstance(found, FleetError) or name == "words for numbers", (name, found)
         assert len(str(found)) < 1000, (name, found)
-    eventually(lambda: not fleet.client.queue_lengths()["onnx"], 20, "the end of the queue that nobody serves")
+    eventually(lambda: not fleet.client.queue_lengths()["onnx"], what="the end of the queue that nobody serves")
     assert moved.get(timeout=20)["outputs"]["text"] == "olleh"
     assert isinstance(told["too much"], PayloadTooLarge)
     assert isinstance(told["far too much"], PayloadTooLarge)
@@ -117,7 +118,7 @@ def test_hostile_messages_end_and_nothing_else_does(make_fleet, redis_client) ->
     assert fleet.client.submit(ECHO).result(20).text == "olleh"
     with pytest.raises(AnswerTooLarge, match="fleet.max_result_bytes"):
         fleet.client.submit(model="echo", inputs={"prompt": "x" * 60_000}, params={"max_tokens": 100_000}).result(20)
-    eventually(lambda: fleet.client.queue_lengths()["leased"] == 0, 10, "the end of all leases")
+    eventually(lambda: fleet.client.queue_lengths()["leased"] == 0, what="the end of all leases")
     (worker,) = fleet.client.fleet()
     assert worker.pid == fleet.processes[0].pid
     assert "Traceback" not in fleet.log(fleet.processes[0])
@@ -159,7 +160,7 @@ def test_nothing_is_unpickled_or_read_as_yaml(fleet: FleetUnderTest, redis_clien
     for answer in (pickled, as_yaml):
         found = fleet.client.handle(answer.id).outcome(10)
         assert "only application/json is accepted" in str(found)
-    eventually(lambda: "is passed over" in fleet.log(fleet.processes[0]), 10, "the refusal of the command")
+    eventually(lambda: "is passed over" in fleet.log(fleet.processes[0]), what="the refusal of the command")
     with pytest.raises(Exception, match=r"decode|byte|JSON|Expecting"):
         _ = ours.AsyncResult("a-pickled-result").state
     assert redis_client.xlen(keys.DEAD_LETTERS) == 2

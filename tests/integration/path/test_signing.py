@@ -14,8 +14,8 @@ from shared.contract import InferenceRequest
 from shared.errors import WrongSignature
 from shared.settings_loader import load_settings
 from shared.signing import Signer
-from tests.conftest import eventually
-from tests.integration.client.test_submitting import ECHO, bare_app
+from tests.support.requests import ECHO, bare_app
+from tests.support.waiting import eventually
 
 KEY, OTHER = "the key of this very fleet", "the key of somebody else"
 
@@ -31,7 +31,7 @@ def test_only_signed_messages_run(make_fleet, redis_client) -> None:
     doomed = fleet.start_worker(environ=environ)
     with client(KEY) as trusted, client(OTHER) as stranger:
         handle = trusted.submit(ECHO)
-        eventually(lambda: redis_client.zcard(keys.LEASE_INDEX) == 1, 10, "the claim")
+        eventually(lambda: redis_client.zcard(keys.LEASE_INDEX) == 1, what="the claim")
         doomed.kill()
         fleet.start_worker(environ=environ)
         assert handle.result(30).text == "olleh"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.settings import FleetSettings
-from tests.conftest import ROOT
+from tests.support.fleet import ROOT
 from workers.broker.lease_table import FIRST_SLOTS, LONGEST_LEASE, SLOT_BYTES, LeaseTable
 from workers.broker.leases import LeaseKeeper
 

@@ -24,7 +24,7 @@ from workers.engines.deepspeed.stage import Place, cut, shares
 from workers.engines.vllm.options import engine_arguments
 
 pytestmark = pytest.mark.property
-EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True)
+EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True)
 
 PARALLEL = st.integers(1, 4)
 GPUS = st.lists(st.tuples(st.booleans(), st.integers(0, 80), st.integers(0, 100)), max_size=12).map(

@@ -30,7 +30,7 @@ from workers.engines import engine_class
 from workers.engines.base import Availability
 from workers.engines.fake import FakeEngine
 from workers.engines.vllm.options import engine_arguments
-from workers.path.waiting import WaitingRoom
+from workers.path.waiting_room import WaitingRoom
 from workers.requests.inflight import InFlight
 
 pytestmark = pytest.mark.property

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnxruntime
 import pytest
 import torch
@@ -15,9 +14,9 @@ from hypothesis import strategies as st
 
 from shared.contract import EngineName
 from shared.errors import EngineLoadError
-from shared.settings import DeepSpeedSettings, ModelSpec, OnnxSettings, PyTorchSettings, Settings, VLLMSettings
+from shared.settings import DeepSpeedSettings, ModelSpec, PyTorchSettings, Settings, VLLMSettings
 from workers.engines.deepspeed import engine as deepspeed
-from workers.engines.onnx.session import CPU, CUDA, OPENVINO, TENSORRT, open_session, session_options
+from workers.engines.onnx.session import CPU, CUDA, OPENVINO, TENSORRT, open_session
 from workers.engines.pytorch.compiler import ModelCompiler
 from workers.engines.pytorch.model import torch_dtype
 from workers.engines.vllm.options import engine_arguments
@@ -135,45 +134,60 @@ def test_deepspeeds_processes_are_told_what_is_configured(folder: Path, configur
         assert caught.value.timeout == wanted.rank_timeout_seconds
 
 
-@pytest.fixture(scope="module")
-def graph(folder: Path) -> Path:
-    """A graph that hands on what it is given."""
-    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("in", "out")]
-    node = onnx.helper.make_node("Identity", ["in"], ["out"])
-    whole = onnx.helper.make_graph([node], "identity", ends[:1], ends[1:])
-    model = onnx.helper.make_model(whole, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
-    onnx.save(model, folder / "identity.onnx")
-    return folder / "identity.onnx"
+PROVIDERS = st.lists(st.sampled_from([CUDA, TENSORRT, OPENVINO, CPU]), min_size=1, unique=True)
 
 
 # Feature: advanced-optimization-monitoring, Property 3: an engine is run as it was configured
 @EXAMPLES
 @given(
-    providers=st.lists(st.sampled_from([CUDA, TENSORRT, OPENVINO, CPU]), min_size=1, unique=True),
+    providers=PROVIDERS,
+    installed=PROVIDERS,
+    broken=st.sets(st.sampled_from([CUDA, TENSORRT, OPENVINO])),
     level=st.sampled_from(["none", "basic", "extended", "all"]),
     threads=st.integers(0, 3),
     spin=st.booleans(),
 )
-def test_onnx_runtime_runs_on_the_first_provider_that_is_here(graph: Path, providers, level, threads, spin) -> None:
-    """With the configured optimizations and the model's threads; without any provider the model does not load."""
-    configured = OnnxSettings(execution_providers=tuple(providers), optimization_level=level)
+def test_onnx_runtime_is_told_its_providers_and_options(
+    folder: Path, providers, installed, broken, level, threads, spin
+) -> None:
+    """Those that are installed, in the configured order, from the first that starts; or the model does not load."""
     spec = ModelSpec(name="m", path="m", options={EngineName.ONNX: {"intra_op_threads": threads, "spin": spin}})
-    everything = Settings.model_validate(
-        {"optimization": {"onnx": configured}, "models": {"cache_dir": str(graph.parent)}}
-    )
-    here = [name for name in providers if name in onnxruntime.get_available_providers()]
+    onnx = {"execution_providers": providers, "optimization_level": level}
+    configured = Settings.model_validate({"optimization": {"onnx": onnx}, "models": {"cache_dir": str(folder)}})
+    ran: list[tuple[list[str], onnxruntime.SessionOptions]] = []
 
-    options = session_options(configured, spec)
+    class Session:
+        """In the place of ONNX Runtime's own, which needs the hardware."""
 
+        def __init__(
+            self, graph: str, options: onnxruntime.SessionOptions, providers: list[tuple[str, object]]
+        ) -> None:
+            self.names = [name for name, _ in providers]
+            if self.names[0] in broken:
+                raise RuntimeError("its library is not there")
+            ran.append((self.names, options))
+
+        def get_providers(self) -> list[str]:
+            return self.names
+
+    usable = [name for name in providers if name in installed]
+    while usable and usable[0] in broken:
+        usable = usable[1:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "get_available_providers", lambda: installed)
+        patch.setattr(onnxruntime, "InferenceSession", Session)
+        if not usable:
+            with pytest.raises(EngineLoadError, match="none of the execution providers|cannot open 'm' with"):
+                open_session(folder / "g.onnx", configured, spec)
+            return
+        open_session(folder / "g.onnx", configured, spec)
+
+    ((names, options),) = ran
     levels = {"none": "DISABLE_ALL", "basic": "ENABLE_BASIC", "extended": "ENABLE_EXTENDED", "all": "ENABLE_ALL"}
+    assert names == usable
     assert options.graph_optimization_level.name == f"ORT_{levels[level]}"
     assert options.intra_op_num_threads == threads
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == str(int(spin))
-    if here:
-        assert open_session(graph, everything, spec).get_providers()[: len(here)] == here
-    else:
-        with pytest.raises(EngineLoadError, match="none of the execution providers"):
-            open_session(graph, everything, spec)
 
 
 # Feature: advanced-optimization-monitoring, Property 3: an engine is run as it was configured

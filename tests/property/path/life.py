@@ -17,7 +17,7 @@ from tests.support.scripted import ANSWER, Run
 from workers.broker.memory_broker import STANDS
 from workers.path.intake import Intake
 from workers.path.runner import Finished
-from workers.path.waiting import ALONE
+from workers.path.waiting_room import ALONE
 from workers.requests.inflight import State
 
 FAKE, OTHER = EngineName.FAKE, EngineName.PYTORCH

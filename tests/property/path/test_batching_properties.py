@@ -41,7 +41,7 @@ def run_until_empty(batcher: Batcher[int], now: float) -> list[tuple[float, Batc
 
 # Feature: advanced-optimization-monitoring, Property 5: compatible requests run together
 @given(count=st.integers(1, 32), gaps=st.lists(st.floats(0, 0.001), min_size=32, max_size=32))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 def test_requests_of_one_key_within_the_timeout_share_a_batch(count: int, gaps: list[float]) -> None:
     """Compatible requests that arrive within the timeout, and fit, come out as one batch in order of arrival."""
     batcher: Batcher[int] = Batcher(BatchLimits(max_batch_size=32, batch_timeout=0.05, adaptive=False))
@@ -57,7 +57,7 @@ def test_requests_of_one_key_within_the_timeout_share_a_batch(count: int, gaps: 
 
 # Feature: advanced-optimization-monitoring, Property 5: compatible requests run together
 @given(limits=LIMITS, arrivals=ARRIVALS)
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 def test_batches_are_pure_complete_and_within_their_limits(limits: BatchLimits, arrivals) -> None:
     """Every request comes out exactly once, in a batch of its own key, in order; no limit is exceeded."""
     batcher: Batcher[int] = Batcher(limits)
@@ -83,7 +83,7 @@ def test_batches_are_pure_complete_and_within_their_limits(limits: BatchLimits, 
 
 # Feature: advanced-optimization-monitoring, Property 6: a batch runs when it is full or has waited long enough
 @given(limits=LIMITS, arrivals=ARRIVALS)
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 def test_a_batch_runs_when_full_or_after_the_timeout_whichever_is_first(limits: BatchLimits, arrivals) -> None:
     """A full batch is due at once; no request waits longer than the timeout for an engine that is free."""
     batcher: Batcher[int] = Batcher(limits)
@@ -108,7 +108,7 @@ def test_a_batch_runs_when_full_or_after_the_timeout_whichever_is_first(limits: 
 
 # Feature: advanced-optimization-monitoring, Property 8: rows of a batch are padded to one length
 @given(rows=st.lists(st.lists(st.integers(5, 99), min_size=1, max_size=20), min_size=1, max_size=12))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 def test_sequences_are_padded_to_one_length_and_masked(rows: list[list[int]]) -> None:
     """Padded left or right, every row has the longest one's length, its mask covers just its own tokens."""
     longest = max(map(len, rows))
@@ -129,7 +129,7 @@ def test_sequences_are_padded_to_one_length_and_masked(rows: list[list[int]]) ->
 
 # Feature: advanced-optimization-monitoring, Property 9: without batching each request runs alone, at once
 @given(arrivals=ARRIVALS, limits=LIMITS)
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 def test_without_batching_every_request_runs_by_itself_at_once(arrivals, limits: BatchLimits) -> None:
     """Switched off, each request is due the moment it arrives, alone."""
     batcher: Batcher[int] = Batcher(limits.unbatched())

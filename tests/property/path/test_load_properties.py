@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from workers.path.batcher import PATIENCE_SHARE, Batcher, BatchLimits
 
 pytestmark = pytest.mark.property
-EXAMPLES = settings(max_examples=200, deadline=None, derandomize=True)
+EXAMPLES = settings(max_examples=120, deadline=None, derandomize=True)
 
 TAKES = st.floats(0.01, 2.0)
 

@@ -16,7 +16,7 @@ from shared.settings import Settings
 from workers.routing.fallback import Fallback
 
 pytestmark = pytest.mark.property
-EXAMPLES = settings(max_examples=200, deadline=None, derandomize=True)
+EXAMPLES = settings(max_examples=120, deadline=None, derandomize=True)
 
 FLEET = (EngineName.VLLM, EngineName.DEEPSPEED, EngineName.ONNX, EngineName.PYTORCH)
 ENGINES = st.sampled_from(FLEET)

@@ -16,7 +16,7 @@ from shared.settings_loader import load_settings
 from shared.settings_schema import Option, Schema, is_optional, keys_in, options, resolve, variable_of, without_null
 
 pytestmark = pytest.mark.property
-EXAMPLES = hypothesis_settings(max_examples=150, deadline=None, derandomize=True)
+EXAMPLES = hypothesis_settings(max_examples=100, deadline=None, derandomize=True)
 
 # Options whose validity depends on others, or that are not shown, are tested by example.
 RELATED = {

@@ -28,7 +28,8 @@ from shared.errors import (
     SpoolFull,
     UnknownModel,
 )
-from tests.conftest import ROOT, eventually
+from tests.support.fleet import ROOT
+from tests.support.waiting import eventually
 
 
 def request(name: str, prompt: str = "hello", **fields: object) -> Submission:
@@ -130,8 +131,8 @@ def test_the_sender_spools_in_an_outage_and_delivers_in_order(make_spool) -> Non
     sender.submit([request("b"), request("c")])
 
     assert tries <= broker.tries <= 3
-    eventually(lambda: broker.taken == ["a", "b", "c"], 10)
-    eventually(lambda: len(make_spool()) == 0, 5)
+    eventually(lambda: broker.taken == ["a", "b", "c"])
+    eventually(lambda: len(make_spool()) == 0)
     sender.submit([request("d")])
     assert broker.taken[-1] == "d"
     sender.close()
@@ -145,7 +146,7 @@ def test_the_next_sender_delivers_what_the_last_one_left(make_spool) -> None:
     sender = SpoolSender(make_spool(), broker.send)
     sender.start()
 
-    eventually(lambda: broker.taken == ["a", "b"], 10)
+    eventually(lambda: broker.taken == ["a", "b"])
     sender.close()
 
 
@@ -155,9 +156,9 @@ def test_what_nobody_serves_holds_nobody_up(make_spool) -> None:
     broker = Broker()
     sender = SpoolSender(make_spool(), broker.send)
     sender.start()
-    eventually(lambda: broker.tries >= 2, 10)
+    eventually(lambda: broker.tries >= 2)
 
-    eventually(lambda: sender.submit([request("a")]) or "a" in broker.taken, 10)
+    eventually(lambda: sender.submit([request("a")]) or "a" in broker.taken)
     sender.submit([request("b")])
 
     assert broker.taken[-1] == "b"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shared.contract import EngineName
-from tests.unit.shared.test_routing import worker
+from tests.support.registry import worker
 from workers.control.watch import stranded
 
 

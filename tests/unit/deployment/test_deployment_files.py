@@ -11,7 +11,7 @@ import yaml
 
 from demo.fleet import procfile
 from shared.contract import EngineName
-from tests.conftest import ROOT
+from tests.support.fleet import ROOT
 
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]

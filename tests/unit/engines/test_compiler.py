@@ -10,7 +10,6 @@ import torch
 
 from shared.contract import InferenceRequest
 from shared.settings import ModelSpec, PyTorchSettings, Settings
-from tests.tiny_models import make_llama
 from workers.engines.pytorch.compiler import ModelCompiler
 from workers.engines.pytorch.engine import PyTorchEngine
 
@@ -100,9 +99,9 @@ def engine(**configured: object) -> PyTorchEngine:
     return PyTorchEngine(Settings.model_validate({"optimization": {"pytorch": configured}}))
 
 
-def test_a_decoder_goes_on_when_compiling_fails(tmp_path, monkeypatch) -> None:
+def test_a_decoder_goes_on_when_compiling_fails(models, monkeypatch) -> None:
     """The tokens are those of the uncompiled engine."""
-    spec = ModelSpec(name="llama", path=str(make_llama(tmp_path)), kinds=("generate",))
+    spec = ModelSpec(name="llama", path=str(models.path("llama")), kinds=("generate",))
     broken = engine(compile=True)
     monkeypatch.setattr(broken.compiler, "_backend", refusing)
 

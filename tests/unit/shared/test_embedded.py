@@ -10,7 +10,7 @@ import redis
 
 from shared.embedded import EmbeddedBroker
 from shared.errors import BrokerUnavailable
-from tests.conftest import eventually
+from tests.support.waiting import eventually
 
 
 def test_it_answers_on_loopback_and_is_gone_afterwards(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_killed_it_comes_back_on_its_port_with_its_data(tmp_path: Path) -> None:
     with EmbeddedBroker(tmp_path, append_only=True) as broker:
         client = redis.Redis.from_url(broker.url)
         client.set("kept", "value")
-        eventually(lambda: client.info("persistence")["aof_pending_bio_fsync"] == 0, 5)
+        eventually(lambda: client.info("persistence")["aof_pending_bio_fsync"] == 0)
         port = broker.port
 
         broker.kill()

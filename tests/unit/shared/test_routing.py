@@ -7,24 +7,15 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from shared.contract import EngineName, Hop, InferenceRequest, Kind
+from shared.contract import EngineName, Hop, InferenceRequest
 from shared.errors import NoEngineAvailable, UnknownModel, UnsupportedKind
-from shared.registry import EngineInfo, ServedModel, WorkerInfo
 from shared.routing import chain, choose
 from shared.routing import tried as left_alone
 from shared.settings import Settings
+from tests.support.registry import worker
 
 FLEET = (EngineName.VLLM, EngineName.DEEPSPEED, EngineName.ONNX, EngineName.PYTORCH)
 SETTINGS = Settings()
-
-
-def worker(*engines: EngineName, model: str = "m", kinds: tuple[Kind, ...] = (Kind.GENERATE,)) -> WorkerInfo:
-    """A live worker with these engines and one model."""
-    served = {model: ServedModel(kinds=kinds)}
-    return WorkerInfo(
-        id="w", host="h", pid=1, started=0.0, queues=tuple(engines),
-        engines=tuple(EngineInfo(name=engine, models=served) for engine in engines),
-    )  # fmt: skip
 
 
 def request(**fields: object) -> InferenceRequest:

@@ -112,7 +112,7 @@ def test_examples_are_counted() -> None:
         "test_a_lone_request_never_waits_but_callers_that_come_back_together_are_waited_for",
     )
 
-    assert [examples_of(Tag(batching, 1, name, ("5",), "x"), "tests") for name in names] == [200, 60, 0]
+    assert [examples_of(Tag(batching, 1, name, ("5",), "x"), "tests") for name in names] == [150, 60, 0]
     assert [
         line.partition(" runs ")[2][:11] for line in command.too_few([Tag(batching, 1, names[1], ("5",), "x")])
     ] == ["60 examples"]

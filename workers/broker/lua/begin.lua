@@ -4,15 +4,17 @@
 -- KEYS[2]  muai:underway     zset request id -> when it was submitted, ms
 -- ARGV[1]  seconds that a request is remembered as under way, should nobody ever answer it
 -- then for each message its lease and its id
--- Returns  one word a message: run, wait (another message of this id is under way) or done (it has its answer)
+-- Returns  one word a message: run, wait (another message of this id is under way) done (it has its answer) or
+--          revoked (it was cancelled)
 redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
-local TERMINAL = { SUCCESS = true, FAILURE = true, REVOKED = true }
+local TERMINAL = { SUCCESS = 'done', FAILURE = 'done', REVOKED = 'revoked' }
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
 local function verdict(lease, id)
   local record = redis.pcall('GETRANGE', 'celery-task-meta-' .. id, 0, 63)
-  if type(record) == 'string' and TERMINAL[string.match(record, '"status":%s*"(%u+)"') or ''] then return 'done' end
+  local ended = type(record) == 'string' and TERMINAL[string.match(record, '"status":%s*"(%u+)"') or '']
+  if ended then return ended end
   local holder = redis.call('GET', 'muai:running:' .. id)
   if holder then
     if holder ~= lease and redis.call('ZSCORE', KEYS[1], holder) then return 'wait' end

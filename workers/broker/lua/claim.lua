@@ -3,7 +3,8 @@
 --
 -- The most urgent step goes first, with a bound: where a step was passed over for ARGV[3] more urgent messages, one of its own
 -- is next. Inside a step the tenants' lanes and the shared list take turns, each by its weight; a tenant that has its share
--- of what is in flight is left out until one of its requests has ended.
+-- of what is in flight is left out until one of its requests has ended. Of a tenant's lanes the one that is meant for who
+-- claims goes first, then its common one, then those that were not served by whom they are meant for in the time given.
 --
 -- KEYS[1]   muai:lease:index     zset lease id -> expiry, ms
 -- KEYS[2]   muai:lease:messages  hash lease id -> list name, newline, message
@@ -11,20 +12,32 @@
 -- KEYS[4]   muai:cancelled       zset result key -> time of cancellation
 -- KEYS[5]   muai:queue:<queue>   what is known of the queue, see lists.lua
 -- KEYS[6]   muai:inflight        hash tenant -> leases of messages from its lanes
--- KEYS[7+]  the queue's shared lists, most urgent first (producers LPUSH, so the oldest message is on the right)
+-- KEYS[7+]  the queue's shared lists, most urgent first (producers LPUSH, so the oldest message is on the right), then for
+--           each of them muai:lanes:<list>, which tenants have lanes there
 -- ARGV[1]   most messages to move
 -- ARGV[2]   lease length, ms
 -- ARGV[3]   more urgent messages that may pass a waiting one
 -- ARGV[4]   quotas, JSON: tenant -> [weight, most in flight (0: any number)]; '*' is everybody who is not named; '' is none
--- Returns   { now in ms, messages still waiting that may be claimed, tenants that were left out, cancelled requests,
---             lease id, message, lease id, message, ... }
-redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
+-- ARGV[5]   the affinity of who claims; '' is none
+-- ARGV[6]   ms that a lane waits for the worker it is meant for
+-- Returns   { now in ms (0 where there was nothing), 1 where more waits that may be claimed, tenants that were left out,
+--             cancelled requests, lease id, message, lease id, message, ... }
+--
+-- A connection that tracks what it reads is told when a list changes that it found empty: each claim begins with a look at
+-- all of them, and ends with another one, since the broker forgets who has read what the same connection then changes. Many
+-- workers may wait for one message, so the look of those that come too late is cheap.
+local there = redis.call('EXISTS', KEYS[4], unpack(KEYS, 7))
+if there == 0 then return { 0, 0, 0, 0 } end
+local cancelled = redis.call('ZCARD', KEYS[4])
+if cancelled > 0 then there = there - 1 end
+if there == 0 then return { 0, 0, 0, cancelled } end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local expiry = now + ARGV[2]
 local limit, patience = tonumber(ARGV[1]), tonumber(ARGV[3])
 local quotas = ARGV[4] ~= '' and cjson.decode(ARGV[4]) or {}
-local out = { now, 0, 0, redis.call('ZCARD', KEYS[4]) }
+local mine, courtesy = ARGV[5], tonumber(ARGV[6])
+local out = { now, 0, 0, cancelled }
 local taken, bytes, laned = 0, 0, 0
 
 local function lease(list, tenant, messages)
@@ -43,10 +56,8 @@ local function lease(list, tenant, messages)
   redis.call('HSET', KEYS[2], unpack(stored))
   redis.call('ZADD', KEYS[1], unpack(scores))
   taken = taken + #messages
-  if tenant ~= '' then
-    laned = laned + #messages
-    redis.call('HINCRBY', KEYS[6], tenant, #messages)
-  end
+  if string.sub(list, 1, 10) == 'muai:lane:' then laned = laned + #messages end
+  if tenant ~= '' then redis.call('HINCRBY', KEYS[6], tenant, #messages) end
   return #messages
 end
 
@@ -61,25 +72,56 @@ local function free(tenant)
   return math.max(0, most - (tonumber(redis.call('HGET', KEYS[6], tenant)) or 0))
 end
 
+-- Which of a tenant's lanes is next, by its affinity (nil: the common one); false where all are meant for others.
+local function next_lane(shared, tenant)
+  local lanes = affine_lanes(shared, tenant)
+  if redis.call('EXISTS', lanes) == 0 then return nil end
+  if mine ~= '' and redis.call('HEXISTS', lanes, mine) == 1 then return mine end
+  if redis.call('LLEN', lane_of(shared, tenant)) > 0 then return nil end
+  local oldest, found = now - courtesy, false
+  local known = redis.call('HGETALL', lanes)
+  for i = 1, #known, 2 do
+    local since = tonumber(known[i + 1])
+    if since <= oldest then oldest, found = since, known[i] end
+  end
+  return found
+end
+
+-- Take one message of a lane.
+local function serve(zset, shared, tenant, affinity)
+  local list, lanes = lane_of(shared, tenant, affinity), affine_lanes(shared, tenant)
+  local message = redis.call('RPOP', list)
+  if message then lease(list, tenant, { message }) end
+  redis.call('ZINCRBY', zset, 1 / quota(tenant)[1], tenant)
+  local empty = redis.call('LLEN', list) == 0
+  if affinity and empty then
+    redis.call('HDEL', lanes, affinity)
+    empty = redis.call('LLEN', lane_of(shared, tenant)) == 0
+  elseif affinity then
+    redis.call('HSET', lanes, affinity, now)
+  end
+  if empty and redis.call('EXISTS', lanes) == 0 then redis.call('ZREM', zset, tenant) end
+end
+
 -- Take up to n messages of one step, in turns.
 local function take(step, n)
   local shared, zset = step.list, 'muai:lanes:' .. step.list
-  if step.lanes == 1 and redis.call('ZREM', zset, '') == 1 then step.lanes = 0 end
+  if step.lanes == 1 and redis.call('EXISTS', affine_lanes(shared, '')) == 0 and redis.call('ZREM', zset, '') == 1 then
+    step.lanes = 0
+  end
   if step.lanes == 0 then return lease(shared, '', redis.call('RPOP', shared, n) or {}) end
+  redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
   local turn = tonumber(redis.call('HGET', KEYS[5], 'turn:' .. shared)) or 0
   if redis.call('LLEN', shared) > 0 then redis.call('ZADD', zset, 'NX', turn + 1, '') end
   local before, skipped = taken, 0
   while taken - before < n do
     local tenant, score = unpack(redis.call('ZRANGE', zset, skipped, skipped, 'WITHSCORES'))
     if not tenant then break end
-    if tenant ~= '' and free(tenant) == 0 then
+    local affinity = next_lane(shared, tenant)
+    if affinity == false or tenant ~= '' and free(tenant) == 0 then
       skipped = skipped + 1 -- it stays in front: it has had the least
     else
-      local list = lane_of(shared, tenant)
-      local message = redis.call('RPOP', list)
-      if message then lease(list, tenant, { message }) end
-      redis.call('ZINCRBY', zset, 1 / quota(tenant)[1], tenant)
-      if redis.call('LLEN', list) == 0 then redis.call('ZREM', zset, tenant) end
+      serve(zset, shared, tenant, affinity)
       turn = math.max(turn, tonumber(score))
     end
   end
@@ -89,12 +131,17 @@ local function take(step, n)
   return taken - before
 end
 
-local steps, busy = {}, 0
-for i = 7, #KEYS do
-  local step = { list = KEYS[i], waiting = redis.call('LLEN', KEYS[i]), lanes = redis.call('ZCARD', 'muai:lanes:' .. KEYS[i]) }
-  step.open = step.waiting > 0 or step.lanes > 0
-  if step.open then busy = busy + 1 end
-  steps[#steps + 1] = step
+local steps, busy, count = {}, 0, (#KEYS - 6) / 2
+for i = 1, count do steps[i] = { list = KEYS[6 + i], lanes = 0, open = false } end
+for i = 1, 2 * count do
+  if there == 0 then break end -- the others hold nothing
+  local step, shared = steps[(i - 1) % count + 1], i <= count
+  local held = redis.call(shared and 'LLEN' or 'ZCARD', KEYS[6 + i])
+  if held > 0 then
+    there = there - 1
+    if not shared then step.lanes = held end
+    if not step.open then step.open, busy = true, busy + 1 end
+  end
 end
 
 if busy == 1 then
@@ -136,14 +183,10 @@ elseif busy > 1 then
   end
 end
 
-if taken == limit then
-  for _, step in ipairs(steps) do
-    if step.open then out[2] = out[2] + redis.call('LLEN', step.list) + redis.call('ZCARD', 'muai:lanes:' .. step.list) end
-  end
-end
+if redis.call('EXISTS', unpack(KEYS, 7)) > 0 and taken == limit then out[2] = 1 end
 
-if taken > 0 and redis.call('EXISTS', KEYS[5]) == 1 then
-  local state = redis.call('HMGET', KEYS[5], 'bytes', 'at', 'taken', 'rate')
+local state = taken > 0 and redis.call('HMGET', KEYS[5], 'bytes', 'at', 'taken', 'rate')
+if state and state[1] then -- not for the queues of Celery's own
   local size, at, count, rate = tonumber(state[1]) or 0, tonumber(state[2]) or 0, tonumber(state[3]) or 0, tonumber(state[4])
   count = count + taken
   if now - at > 5000 then -- nothing was taken for a while: that was no measurement

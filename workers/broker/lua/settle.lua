@@ -11,6 +11,7 @@
 -- KEYS[3]  muai:dead            stream of dead letters
 -- KEYS[4]  muai:inflight        hash tenant -> leases of messages from its lanes
 -- KEYS[5]  muai:underway        zset request id -> when it was submitted, ms
+-- KEYS[6]  muai:delayed         hash request id -> the lease under which it waits for its time
 -- ARGV[1]  JSON: { ttl            seconds that results and reply streams are kept
 --                  dead_capacity  most dead letters kept
 --                  delayed        prefix of delayed leases
@@ -19,6 +20,7 @@
 --
 -- A settlement is an object; what it does not do is left out:
 --   lease    its lease
+--   id       the request's id: where its message goes nowhere it is not under way any longer
 --   result   result key: written and published, as Celery's Redis backend does
 --   record   result record: the number of a payload
 --   reply    reply stream: the record is appended to it
@@ -27,6 +29,8 @@
 --   front    true: in front of everything that waits there; false: behind it
 --   reason   the message becomes a dead letter, with this reason
 --   due      ms since the epoch: the message waits until then
+-- A cancelled request that goes on to another list goes there all the same: it is ended where it is claimed next, by whoever
+-- then holds it, and tells the rest of its canvas.
 -- Returns  a number a lease: 0 it was no longer held; 1 written; 2 the record of a cancellation stands, 3 that of an answer
 redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
 local LOST, DONE, CANCELLED, ANSWERED = 0, 1, 2, 3
@@ -42,7 +46,7 @@ local function record_result(key, record)
   end
   local existing = redis.pcall('GET', key) -- an error where the key is no text: then it is overwritten
   local ok, decoded = pcall(cjson.decode, existing)
-  if ok and STANDS[decoded.status] then return existing, STANDS[decoded.status] end
+  if ok and type(decoded) == 'table' and STANDS[decoded.status] then return existing, STANDS[decoded.status] end
   redis.call('SET', key, record, 'EX', terms.ttl)
   redis.call('PUBLISH', key, record)
   return record, DONE
@@ -59,24 +63,27 @@ local function settle(it)
   local list, claimed
   if it.list or it.reason or it.due then
     local stored = redis.call('HGET', KEYS[2], it.lease)
+    if not stored then return LOST end
     local cut = string.find(stored, '\n', 1, true)
     list, claimed = string.sub(stored, 1, cut - 1), string.sub(stored, cut + 1)
     if it.due then
-      redis.call('HSET', KEYS[2], terms.delayed .. it.lease, stored)
-      redis.call('ZADD', KEYS[1], it.due, terms.delayed .. it.lease)
+      local delayed = terms.delayed .. it.lease .. (it.id and '\n' .. it.id or '')
+      redis.call('HSET', KEYS[2], delayed, stored)
+      redis.call('ZADD', KEYS[1], it.due, delayed)
+      if it.id then redis.call('HSET', KEYS[6], it.id, delayed) end
     end
   end
   settled[#settled + 1] = it.lease
   local record, written = payload(it.record), DONE
   if it.result then
     record, written = record_result(it.result, record)
-    if not it.list then ended[#ended + 1] = string.sub(it.result, #'celery-task-meta-' + 1) end
   end
+  if it.id and not it.list and not it.due then ended[#ended + 1] = it.id end
   if it.reply and record then
     redis.pcall('XADD', it.reply, '*', 'm', record) -- an error where the key is no stream concerns nobody else
     replies[it.reply] = true
   end
-  if written == CANCELLED and it.list then written = DONE end
+  if it.list and written == CANCELLED then written = DONE end
   if written ~= DONE then return written end
   if it.list then
     push(it.list == '=' and list or it.list, it.front and 'R' or 'L', { payload(it.message) or claimed })
@@ -90,7 +97,11 @@ end
 local written = {}
 for _, it in ipairs(terms.leases) do written[#written + 1] = settle(it) end
 if #settled > 0 then redis.call('HDEL', KEYS[2], unpack(settled)) end
-if #ended > 0 then redis.call('ZREM', KEYS[5], unpack(ended)) end
+if #ended > 0 then
+  redis.call('ZREM', KEYS[5], unpack(ended))
+  for i, id in ipairs(ended) do ended[i] = 'muai:running:' .. id end
+  redis.call('DEL', unpack(ended))
+end
 for stream in pairs(replies) do
   redis.call('EXPIRE', stream, terms.ttl)
 end

@@ -7,6 +7,8 @@
 -- KEYS[1]  muai:lease:index     zset lease id -> expiry, ms
 -- KEYS[2]  muai:lease:messages  hash lease id -> list name, newline, message
 -- KEYS[3]  muai:lease:next      counter
+-- KEYS[4]  muai:delayed         hash request id -> the lease under which it waits for its time
+-- KEYS[5]  muai:cancelled       zset result key -> time of cancellation, ms
 -- ARGV[1]  most leases to take over
 -- ARGV[2]  lease length, ms
 -- ARGV[3]  prefix of delayed leases
@@ -15,13 +17,21 @@ redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local out = { -1 }
+-- What was cancelled meanwhile does not wait out its time: others may wait on what was to follow it.
+if redis.call('EXISTS', KEYS[4]) == 1 then
+  for _, key in ipairs(redis.call('ZREVRANGEBYSCORE', KEYS[5], '+inf', now - 600000, 'LIMIT', 0, 1000)) do
+    local lease = redis.call('HGET', KEYS[4], string.sub(key, #'celery-task-meta-' + 1))
+    if lease then redis.call('ZADD', KEYS[1], 'XX', now, lease) end
+  end
+end
 for _, lease in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, ARGV[1])) do
   local stored = redis.call('HGET', KEYS[2], lease)
   redis.call('ZREM', KEYS[1], lease)
   redis.call('HDEL', KEYS[2], lease)
   if stored then
     if string.sub(lease, 1, #ARGV[3]) == ARGV[3] then
-      local cut = string.find(stored, '\n', 1, true)
+      local cut, id = string.find(stored, '\n', 1, true), string.match(lease, '\n(.*)')
+      if id and redis.call('HGET', KEYS[4], id) == lease then redis.call('HDEL', KEYS[4], id) end
       push(string.sub(stored, 1, cut - 1), 'R', { string.sub(stored, cut + 1) })
     else
       local taken = string.format('%d', redis.call('INCR', KEYS[3])) .. (string.match(lease, '/.+') or '')

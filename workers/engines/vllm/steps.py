@@ -60,7 +60,8 @@ class Steps:
         made = [(self._run_of(states.get(output.request_id)), output) for output in outputs]
         processed = self._process(outputs, *arguments, **named)  # it takes surplus tokens away
         now = time.perf_counter()
-        told = []
+        tell = self._model.telling
+        told: list[NewTokens] = []
         for run, output in made:
             if run is None:
                 continue
@@ -69,11 +70,10 @@ class Steps:
                 run.first_at = now
             if tokens and tokens[-1] in run.end_tokens and str(output.finish_reason) == "stop":
                 tokens = tokens[:-1]
-            if tokens or output.pooling_output is not None:
-                told.append((run.request_id, tokens))
-        tell = self._model.telling
+            if tell is not None and (tokens or output.pooling_output is not None):
+                told.append(NewTokens(run.request_id, tokens))
         if tell is not None and told:
-            tell([NewTokens(request_id, tokens) for request_id, tokens in told])
+            tell(told)
         return processed
 
     def _run_of(self, state: Any) -> Run | None:

@@ -1,0 +1,94 @@
+"""The stream on which a client's results come, read by one thread at a time."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import redis
+
+from shared.broker import connect
+from shared.direct import DirectConnection
+from shared.settings import FleetSettings
+
+BLOCK_SECONDS = 1.0
+READ_COUNT = 512
+TRIM_ENTRIES = 2048
+TRIM_BYTES = 4 * 1024 * 1024
+"""What has been read is taken off the stream after this many entries or bytes, so that it stays small in the broker."""
+
+WAKE_EXPIRES_SECONDS = 10
+
+
+class ReplyStream:
+    """Reads a stream to its end, and on. Whoever runs out of patience leaves the question to the next reader."""
+
+    def __init__(self, fleet: FleetSettings, name: str) -> None:
+        self._name = name
+        self._most = BLOCK_SECONDS + fleet.socket_timeout_seconds
+        self.client = connect(fleet, socket_timeout=self._most)
+        self._waker = connect(fleet, socket_timeout=BLOCK_SECONDS)
+        self._connection = DirectConnection(self.client)
+        self._asked: float | None = None
+        self._last: bytes = b"0"
+        self._entries = self._bytes = 0
+
+    def read(self, patience: float) -> list[bytes]:
+        """The records that have come; where there are none, those that come within ``patience`` seconds.
+
+        Raises what the client library raises; then the next call connects anew.
+        """
+        try:
+            asked = self._ask() if self._asked is None else self._asked
+            streams: Any = self._connection.read(max(0.0, patience))
+        except redis.TimeoutError:
+            if self._asked is not None and time.monotonic() - asked <= self._most:
+                return []
+            self._drop()
+            raise
+        except BaseException:
+            self._drop()
+            raise
+        self._asked = None
+        return self._records_of(streams[0][1]) if streams else []
+
+    def _ask(self) -> float:
+        self._connection.send(
+            "XREAD", "COUNT", READ_COUNT, "BLOCK", int(1000 * BLOCK_SECONDS), "STREAMS", self._name, self._last
+        )
+        self._asked = time.monotonic()
+        return self._asked
+
+    def _records_of(self, entries: list[Any]) -> list[bytes]:
+        """The records of entries, each a list of names and values."""
+        records = []
+        for entry_id, fields in entries:
+            if fields[0] == b"m":
+                records.append(fields[1])
+            self._last = entry_id
+            self._bytes += sum(map(len, fields))
+        self._entries += len(entries)
+        if self._entries >= TRIM_ENTRIES or self._bytes >= TRIM_BYTES:
+            self._entries = self._bytes = 0
+            self.client.xtrim(self._name, minid=self._last, approximate=False)
+        return records
+
+    def wake(self) -> None:
+        """An empty entry ends the read of whoever reads now, from another thread."""
+        with self._waker.pipeline(transaction=True) as pipe:
+            pipe.xadd(self._name, {b"wake": b""})
+            pipe.expire(self._name, WAKE_EXPIRES_SECONDS)
+            pipe.execute()
+
+    def close(self) -> None:
+        """Give the stream's memory back, and close the connections. Nobody reads any longer."""
+        try:
+            self.client.delete(self._name)
+        finally:
+            self._drop()
+            self.client.close()
+            self._waker.close()
+
+    def _drop(self) -> None:
+        self._asked = None
+        self._connection.drop()

@@ -1,0 +1,56 @@
+"""Models that a run of the tests makes once: whichever of its processes needs one first makes it for all of them."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from shared.settings import Settings
+
+
+class Models:
+    """Tiny models by name, what they are converted to, and what transformers answers for them.
+
+    Args:
+        folder: one that all processes of the run share. A lock in it lets one of them make what the others wait for.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self.cache = folder / "cache"
+        self._folder = folder
+
+    def path(self, name: str) -> Path:
+        """The folder of a model of ``tests.support.tiny_models.MAKERS``."""
+        from tests.support.tiny_models import MAKERS
+
+        path = self._folder / name
+        with self.making(name):
+            if not path.exists():
+                MAKERS[name](path.with_suffix(".making")).rename(path)
+        return path
+
+    def answers(self, ask: Callable[..., Any], path: Path, *arguments: Any) -> Any:
+        """``ask(path, *arguments)``, a reference of ``tests.support.tiny_models``, as lists; asked once in a run."""
+        question = json.dumps([ask.__name__, str(path), *arguments]).encode()
+        kept = self._folder / f"{hashlib.sha256(question).hexdigest()}.json"
+        with self.making(kept.stem):
+            if not kept.exists():
+                kept.write_text(json.dumps(ask(path, *arguments), default=lambda array: array.tolist()))
+        return json.loads(kept.read_text())
+
+    def settings(self, **sections: Any) -> Settings:
+        """Settings whose conversions are the run's."""
+        return Settings.model_validate({"models": {"cache_dir": str(self.cache)}, **sections})
+
+    @contextmanager
+    def making(self, name: str) -> Iterator[None]:
+        """Only one process of the run is in this block for a name."""
+        with (self._folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
