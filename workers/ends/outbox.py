@@ -37,16 +37,30 @@ class Outbox:
         the writing is tried.
         """
         while self._decided or self._prepared:
-            while self._decided and len(self._prepared) < AT_ONCE:
-                self._prepared.append(self._settler.prepare(self._decided[0]))
-                del self._decided[0]
-            chunk = self._prepared[:AT_ONCE]
-            del self._prepared[: len(chunk)]
+            try:
+                self._prepare()
+            finally:  # where a canvas cannot be told, what was prepared before is written all the same
+                self._send()
+        if wait:
+            self._settler.delivery.wait()
+
+    def _prepare(self) -> None:
+        """Tell canvases. One that cannot be told goes behind the others, so that it keeps none of them from its end."""
+        while self._decided and len(self._prepared) < AT_ONCE:
+            ending = self._decided.pop(0)
+            try:
+                self._prepared.append(self._settler.prepare(ending))
+            except BaseException:
+                self._decided.append(ending)
+                raise
+
+    def _send(self) -> None:
+        chunk = self._prepared[:AT_ONCE]
+        del self._prepared[: len(chunk)]
+        if chunk:
             self._settler.delivery.settle_soon(
                 [settlement for _, settlement in chunk], partial(self._settled, chunk), partial(self._lost, chunk)
             )
-        if wait:
-            self._settler.delivery.wait()
 
     def _settled(self, chunk: list[Prepared], written: list[Written]) -> None:
         for ending, _ in chunk:
