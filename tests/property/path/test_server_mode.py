@@ -44,7 +44,7 @@ def work_off(fleet: MemoryFleet, worker: MemoryWorker) -> list[str]:
     raise AssertionError("it does not come to an end")
 
 
-# Feature: advanced-optimization-monitoring, Property 26: Requests are queued in server mode
+# Feature: advanced-optimization-monitoring, Property 26: what is accepted waits in its queue
 @given(size=st.integers(1, 5), slots=st.sampled_from([None, 1, 3]), before=st.integers(0, 6), after=st.integers(1, 20))
 @EXAMPLES
 def test_what_comes_while_the_engine_is_busy_is_queued_and_answered_in_turn(
@@ -71,7 +71,7 @@ def test_what_comes_while_the_engine_is_busy_is_queued_and_answered_in_turn(
     assert waiting(fleet) == []
 
 
-# Feature: advanced-optimization-monitoring, Property 28: Graceful shutdown completes pending requests
+# Feature: advanced-optimization-monitoring, Property 28: a worker that stops answers what it has begun
 @given(
     size=st.integers(1, 4),
     slots=st.sampled_from([None, None, 2]),

@@ -79,7 +79,7 @@ def test_a_redelivery_is_counted_in_the_message():
 
 
 def test_a_delay_is_in_milliseconds_and_a_duplicate_is_nothing():
-    assert settlement_of(ENDINGS[End.DELAY](item_of())) == Settlement("7", due_ms=12500)
+    assert settlement_of(ENDINGS[End.DELAY](item_of())) == Settlement("7", request_id="a", due_ms=12500)
     assert settlement_of(ENDINGS[End.DUPLICATE](item_of())) == Settlement("7")
 
 
