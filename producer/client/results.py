@@ -50,7 +50,7 @@ class StoredResults:
         record = wire.failure_meta(request_id, Cancelled(), status="REVOKED")
         with broker_errors(self._fleet, "cancel"):
             cancelled = self._cancel(
-                keys=[keys.result_key(request_id), keys.CANCELLED, keys.DELAYED, keys.LEASE_INDEX],
+                keys=[keys.result_key(request_id), keys.CANCELLED],
                 args=[record, self._fleet.result_expires_seconds],
             )
         if cancelled:
