@@ -75,7 +75,7 @@ def out_of_service(fleet: FleetUnderTest, engine: str) -> dict[str, str]:
         pytest.param("vllm", "EngineCore", marks=pytest.mark.skipif(find_spec("vllm") is None, reason="no vLLM")),
         pytest.param(
             "deepspeed",
-            "deepspeed_rank",
+            "deepspeed.rank",
             marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="no DeepSpeed"),
         ),
     ],

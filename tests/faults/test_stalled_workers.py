@@ -15,26 +15,27 @@ from shared import keys
 from tests.support.fleet import FleetUnderTest
 from tests.support.requests import ECHO
 from tests.support.waiting import eventually
+from workers.engines.fake import CHUNKS
 
 LEASE = 0.6
 FLEET = {"lease_seconds": LEASE, "sweep_seconds": 0.2, "heartbeat_seconds": 0.2}
 
-HOLDS_THE_INTERPRETER = """
+HOLDS_THE_INTERPRETER = f"""
 import ctypes, os, time
 nap, hold = time.sleep, ctypes.PyDLL(None).usleep
 def sleep(seconds):
-    if seconds < 1:
+    if seconds < {LEASE / 2}:
         return nap(seconds)
     with open(os.environ["RUNS"], "a") as runs:
         runs.write("run ")
-    hold(int(seconds * 1e6))
+    hold(int({CHUNKS} * seconds * 1e6))  # in one piece, not part by part as the engine does
 time.sleep = sleep
 """
 
 
 @pytest.fixture
 def stalls(tmp_path: Path) -> dict[str, str]:
-    """An environment in which a batch of a second or more is a native call that holds the interpreter's lock."""
+    """An environment in which a batch of more than a lease is a native call that holds the interpreter's lock."""
     (tmp_path / "sitecustomize.py").write_text(HOLDS_THE_INTERPRETER)
     (tmp_path / "runs").touch()
     return {"PYTHONPATH": str(tmp_path), "RUNS": str(tmp_path / "runs")}

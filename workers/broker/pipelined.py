@@ -117,6 +117,8 @@ class PipelinedScripts:
 
         Where there will be no answer ``lost`` is called: the script has been run, or has not.
         """
+        if self._hub is None and not self._under_way:
+            self.poll()  # a connection that has ended since it was last used is left, as the loop would have done
         self._send(_Sent(script, keys, args, then, lost), "EVALSHA", script.sha)
         if self._hub is None:
             self.wait()
@@ -143,9 +145,9 @@ class PipelinedScripts:
                 raise
         self._take_parsed()
 
-    def poll(self) -> None:
-        """Take in what is there, if anything is."""
-        if self._more(0):
+    def poll(self, seconds: float = 0.0) -> None:
+        """Take in what is there, or comes within this time."""
+        if self._more(seconds):
             self.readable()
 
     def close(self) -> None:

@@ -54,13 +54,11 @@ class IntakeStep(bootsteps.StartStopStep):
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
     def start(self, consumer: Any) -> None:
-        """A connection is there: report through it, and let requests be routed here."""
-        fleet = fleet_of(consumer.app)
-        fleet.events.attach(consumer)
-        fleet.announcer.start()
+        """A connection is there: report through it."""
+        fleet_of(consumer.app).events.attach(consumer)
 
     def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
-        """The loop is about to run: settle what was left over, then sweep every few seconds."""
+        """The loop is about to run: settle what was left over, sweep every few seconds, let requests be routed here."""
         fleet = fleet_of(consumer.app)
         gc.collect()  # what the connection before needed is half a megabyte of cycles, which nothing else collects soon
         fleet.delivery.scripts.attach(hub)
@@ -77,6 +75,7 @@ class IntakeStep(bootsteps.StartStopStep):
 
         hub.call_repeatedly(interval, sweep)
         hub.call_soon(sweep)
+        hub.call_soon(fleet.announcer.start)  # by then the loop consumes, and remote control is subscribed to
 
 
 def strategy(task: Task, app: Any, consumer: Any, **kwargs: Any) -> Any:  # noqa: ARG001  # Celery's signature

@@ -24,7 +24,7 @@ from shared.errors import BadRequest
 from shared.limits import LimitsInForce
 from shared.signing import Signer
 from workers.broker.delivery import Claim, LeasedMessage, RedisDelivery, Settlement
-from workers.broker.pipelined import PipelinedScripts
+from workers.broker.pipelined import PATIENCE_SECONDS, PipelinedScripts
 from workers.broker.waiting import Waiting
 from workers.ends.settler import Settler
 from workers.requests.ending import Ending
@@ -351,7 +351,8 @@ class Poller(kombu_redis.MultiChannelPoller):
         """Look again, whatever is known; a broker that owes an answer by now is not there."""
         for channel in self._channels:
             if channel.waiting.silent():
-                channel.scripts.poll()  # the answer may be there: then it was this process that stood still
+                # The answer may be there, or on its way: then it was this process or this machine that stood still.
+                channel.scripts.poll(PATIENCE_SECONDS)
             if channel.waiting.silent():
                 logger.warning("the broker does not answer; reconnecting")
                 channel.scripts.close()

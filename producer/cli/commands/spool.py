@@ -38,7 +38,12 @@ def spool_list(
     config: Config = None,
 ) -> None:
     """Show spooled requests, without their inputs."""
-    with _opened(settings_of(config, None)) as spool:
+    settings = settings_of(config, None)
+    if not Path(settings.fleet.spool_path).exists():
+        if not as_json:
+            print(f"the spool is empty: there is no file {settings.fleet.spool_path} (fleet.spool_path)")
+        return
+    with _opened(settings) as spool:
         entries, total = spool.oldest(limit), len(spool)
     if as_json:
         for entry in entries:

@@ -237,6 +237,7 @@ def test_the_spool_is_looked_at_sent_and_dropped_from_the_shell(
     own_fleet: FleetUnderTest, own_broker: EmbeddedBroker
 ) -> None:
     """``muai spool list``, ``send`` and ``drop``: what a client left behind is there for the next process."""
+    before = muai(own_fleet, "spool", "list")
     own_broker.kill()
     with Client(settings=own_fleet.settings, on_outage="spool") as client:
         for name in ("one", "two", "three"):
@@ -249,6 +250,7 @@ def test_the_spool_is_looked_at_sent_and_dropped_from_the_shell(
     sent = muai(own_fleet, "spool", "send")
     after = muai(own_fleet, "spool", "list")
 
+    assert (before[0], "the spool is empty: there is no file" in before[1]) == (0, True)
     assert [name in listed[1] for name in ("one", "two", "three", "hello")] == [True, True, True, False]
     assert dropped[:2] == (0, "1 dropped\n")
     assert sent[:2] == (0, "2 sent, 0 left\n")

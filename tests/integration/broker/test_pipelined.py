@@ -188,6 +188,19 @@ def test_an_idle_connection_that_is_closed_is_made_anew(own: EmbeddedBroker, hub
     scripts.scripts.detach()
 
 
+def test_without_a_loop_a_closed_connection_is_made_anew(own: EmbeddedBroker) -> None:
+    """As above, where nobody watches the connection between two scripts."""
+    scripts = Scripts(own)
+    scripts.send("a")
+    with redis.Redis.from_url(own.url) as client:
+        client.client_kill_filter(_type="normal", skipme=True)
+
+    scripts.send("b")
+
+    assert scripts.seen == ["a", "b"]
+    scripts.scripts.close()
+
+
 def test_what_the_broker_refuses_is_lost_alone(broker, redis_client, hub: Hub) -> None:
     """The error is raised where the answer is taken in; those behind it still come."""
     scripts = Scripts(broker)
