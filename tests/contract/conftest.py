@@ -26,8 +26,9 @@ def load(models: Models) -> Iterator[Callable[..., LoadedModel]]:
                     "options": {"onnx": {"intra_op_threads": 1}}, **spec,
                 }
             )  # fmt: skip
-            with models.making(f"{engine}-{name}"):  # a conversion is made by one process, and found by the others
-                kept[engine, name] = engine_class(engine)(models.settings()).load(declared)  # type: ignore[arg-type]
+            if engine == "onnx":
+                models.convert(declared)
+            kept[engine, name] = engine_class(engine)(models.settings()).load(declared)  # type: ignore[arg-type]
             kept[engine, name].warmup()
         return kept[engine, name]
 

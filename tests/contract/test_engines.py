@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,20 +15,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from demo.setup import embedder_path
 from demo.work import QUERIES, SENTENCES
-from shared.contract import InferenceRequest, Kind
+from shared.contract import EngineName, InferenceRequest, Kind
 from shared.errors import BadRequest, Cancelled, ContextTooLong, EngineLoadError, FleetError, UnsupportedKind
 from shared.settings import ModelSpec, Settings
 from tests.contract.told import check_broken_listener, check_cancelled, check_progress, check_tokens
 from tests.support.engines import DECODERS, ENGINES, MAX_TOKENS, generate, greedy_tokens, prompts, run
+from tests.support.fleet import ROOT
 from tests.support.models import Models
+from tests.support.processes import environment, left_of
 from tests.support.tiny_models import (
     CONTEXT,
     make_llama,
     mean_vectors,
 )
+from tests.support.waiting import eventually
 from workers.engines import engine_class
 from workers.engines.base import EngineOutput, LoadedModel
-from workers.engines.onnx.export import converted
+from workers.engines.onnx.conversion import converted
 from workers.engines.onnx.files import META, folder_of
 
 pytestmark = pytest.mark.timeout(300)
@@ -251,6 +257,55 @@ def test_a_conversion_that_deviates_does_not_serve(models, tmp_path) -> None:
         engine_class("onnx")(settings).load(ModelSpec(name="strict", path=str(models.path("shallow"))))  # type: ignore[arg-type]
 
     assert list((tmp_path / "onnx").iterdir()) == []
+
+
+def test_models_are_loaded_while_others_are_converted(models, tmp_path) -> None:
+    """Each engine of a worker has a thread, and what makes models changes PyTorch for all of them."""
+    spec = ModelSpec(name="shallow", path=str(models.path("shallow")))
+    settings = Settings.model_validate({"models": {"cache_dir": str(tmp_path)}})
+
+    with ThreadPoolExecutor() as threads:
+        conversion = threads.submit(converted, spec, settings)
+        answers = set()
+        while not conversion.done():
+            loads = [threads.submit(engine_class(EngineName.PYTORCH)(settings).load, spec) for _ in range(2)]
+            for loading in loads:
+                (found,) = run(loading.result(), [generate("abc")], 1)
+                answers.add(tuple(found.outputs["token_ids"]))
+
+    assert conversion.result()[1].cost.largest < 1e-3
+    assert len(answers) == 1
+
+
+def test_a_conversion_whose_process_dies_is_a_load_error(models, tmp_path, monkeypatch) -> None:
+    """As the kernel ends what takes too much memory: it is said, and nothing of the conversion is left."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho allocating >&2\nkill -9 $$\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    settings = Settings.model_validate({"models": {"cache_dir": str(tmp_path)}})
+
+    with pytest.raises(EngineLoadError, match="the process that does it ended with -9: allocating"):
+        converted(ModelSpec(name="shallow", path=str(models.path("shallow"))), settings)
+
+    assert list((tmp_path / "onnx").iterdir()) == []
+
+
+def test_a_conversion_ends_with_its_worker(models, tmp_path) -> None:
+    """A worker that is killed leaves no process behind."""
+    environ = environment()
+    spec = ModelSpec(name="shallow", path=str(models.path("shallow"))).model_dump_json()
+    program = (
+        "from shared.settings import ModelSpec, Settings\n"
+        "from workers.engines.onnx.conversion import converted\n"
+        f"converted(ModelSpec.model_validate_json({spec!r}),"
+        f" Settings.model_validate({{'models': {{'cache_dir': {str(tmp_path)!r}}}}}))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], env=environ, cwd=ROOT) as worker:
+        eventually(lambda: len(left_of(environ)) == 2, what="the process that converts")
+        worker.kill()
+
+    eventually(lambda: not left_of(environ), what="its end")
 
 
 # Requirements: 3.2

@@ -232,7 +232,7 @@ def test_texts_that_share_rows_are_embedded_as_if_alone(load, models) -> None:
 def test_what_quantising_costs_is_kept_and_said(models, tmp_path, caplog) -> None:
     """Differences and the share of answers that stay the same are beside the conversion and in the log."""
     settings = {"models": {"cache_dir": str(tmp_path)}, "optimization": {"onnx": {"enable_quantization": True}}}
-    with caplog.at_level(logging.INFO, "workers.engines.onnx.export"):
+    with caplog.at_level(logging.INFO, "workers.engines.onnx.conversion"):
         model = fresh("onnx", models.path("bert"), settings, kinds=["embed"])
 
     (kept,) = tmp_path.glob(f"onnx/*/{META}")

@@ -25,6 +25,7 @@ _CONTEXT.set_forkserver_preload([
     "celery.bin.celery", "celery.apps.worker", "celery.app.amqp", "celery.app.control", "celery.app.events",
     "celery.app.log", "celery.backends.redis", "celery.concurrency.solo", "celery.fixups.django", "celery.loaders.app",
     "celery.worker.autoscale", "celery.worker.components", "celery.worker.consumer.delayed_delivery",
+    "onnxruntime", "workers.engines.onnx.engine", "workers.engines.pytorch.model",
 ])  # fmt: skip
 
 _LOCK = threading.Lock()

@@ -75,7 +75,8 @@ class IntakeStep(bootsteps.StartStopStep):
 
         hub.call_repeatedly(interval, sweep)
         hub.call_soon(sweep)
-        hub.call_soon(fleet.announcer.start)  # by then the loop consumes, and remote control is subscribed to
+        # After the loop's first turn it consumes, and has subscribed to remote control.
+        hub.call_soon(hub.call_soon, fleet.announcer.start)
 
 
 def strategy(task: Task, app: Any, consumer: Any, **kwargs: Any) -> Any:  # noqa: ARG001  # Celery's signature

@@ -56,7 +56,9 @@ def reference(models: Models) -> dict[str, list[list[int]]]:
 def test_two_hundred_prompts_equal_transformers_on_both_engines(make_fleet, models, reference, batching: bool) -> None:
     """Greedy tokens through the fleet, two architectures, are those of transformers.generate of each prompt alone."""
     fleet = make_fleet(configuration(models, batcher={"enabled": batching}))
-    fleet.start_worker("onnx,pytorch")
+    for name in reference:
+        models.convert(fleet.settings.models.catalog[name])
+    worker = fleet.start_worker("onnx,pytorch")
 
     for engine in ("onnx", "pytorch"):
         for name, expected in reference.items():
@@ -71,7 +73,7 @@ def test_two_hundred_prompts_equal_transformers_on_both_engines(make_fleet, mode
             )  # fmt: skip
 
             assert [result.outputs["token_ids"] for result in results] == expected
-            assert {result.engine_used for result in results} == {engine}, results[0].metadata
+            assert {result.engine_used for result in results} == {engine}, fleet.log(worker)[-4000:]
             largest = max(result.batch_size for result in results)
             assert largest > 8 if batching else largest == 1
 
@@ -79,6 +81,8 @@ def test_two_hundred_prompts_equal_transformers_on_both_engines(make_fleet, mode
 def test_embeddings_through_the_fleet_equal_transformers(make_fleet, models: Models) -> None:
     """Vectors of 200 texts, micro-batched on both engines, are within 1e-4 cosine distance of each text's alone."""
     fleet = make_fleet(configuration(models))
+    for name in ("llama", "bert"):
+        models.convert(fleet.settings.models.catalog[name])
     fleet.start_worker("onnx,pytorch")
     alone = np.array(models.answers(mean_vectors, models.path("bert"), prompts()))
 

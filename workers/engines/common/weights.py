@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from pickle import UnpicklingError
 from typing import Any
@@ -30,6 +31,10 @@ _LOADERS = {
 
 _SHOWN_KEYS = 3
 
+_ONE_AT_A_TIME = threading.Lock()
+"""Loading changes PyTorch for the whole process while it works (the default type, what initialises weights), and each
+engine of a worker loads on a thread of its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class Writing:
@@ -56,9 +61,10 @@ def load_weights(spec: ModelSpec, dtype: torch.dtype) -> Any:
         if not _fits(config, role, spec):
             raise EngineLoadError(_misfit(spec, config, role))
         loader = _LOADERS[role]
-        model, found = loader.from_pretrained(
-            spec.path, config=config, dtype=dtype, output_loading_info=True, **options
-        )
+        with _ONE_AT_A_TIME:
+            model, found = loader.from_pretrained(
+                spec.path, config=config, dtype=dtype, output_loading_info=True, **options
+            )
     except UnpicklingError as error:
         raise EngineLoadError(f"the weights of {spec.name!r} at {spec.path!r} hold more than tensors") from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:

@@ -20,11 +20,11 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from shared.errors import EngineDied, EngineError, EngineLoadError, FleetError
-from workers.engines.deepspeed.wire import Channel, error_from_json
+from workers.engines.common.processes import error_from_json, python_path
+from workers.engines.deepspeed.wire import Channel
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,6 @@ GRACE_SECONDS = 0.15
 TAIL_LINES = 6
 PEER_LOST = 71
 """Exit status of a rank that ends because another one, or the worker, is gone."""
-
-_ROOT = str(Path(__file__).resolve().parents[3])
 
 
 class _Rank:
@@ -245,7 +243,6 @@ class RankGroup:
 
 def _start(rank: int, world: int, descriptors: list[int]) -> subprocess.Popen[bytes]:
     threads = max(1, len(os.sched_getaffinity(0)) // world) if hasattr(os, "sched_getaffinity") else 1
-    path = os.pathsep.join([_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
     environ = {
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
@@ -253,7 +250,7 @@ def _start(rank: int, world: int, descriptors: list[int]) -> subprocess.Popen[by
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
-        "PYTHONPATH": path,
+        "PYTHONPATH": python_path(),
         "PYTHONUNBUFFERED": "1",
     }
     # A session of its own: a Ctrl-C at the worker's terminal is the worker's to handle.

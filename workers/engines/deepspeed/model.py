@@ -10,8 +10,9 @@ from shared.contract import InferenceRequest, Kind
 from shared.errors import EngineDied
 from shared.settings import ModelSpec
 from workers.engines.base import Emit, LoadedModel, NewTokens
+from workers.engines.common.processes import error_from_json
 from workers.engines.deepspeed.group import RankGroup
-from workers.engines.deepspeed.wire import error_from_json, output_from_json
+from workers.engines.deepspeed.wire import output_from_json
 
 WATCH_SECONDS = 0.5
 

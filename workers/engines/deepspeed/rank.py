@@ -18,8 +18,9 @@ from typing import Any, NoReturn
 
 from shared.errors import EngineError, FleetError
 from shared.settings import DeepSpeedSettings, ModelSpec
+from workers.engines.common.processes import error_to_json
 from workers.engines.deepspeed.group import PEER_LOST
-from workers.engines.deepspeed.wire import Channel, error_to_json
+from workers.engines.deepspeed.wire import Channel
 
 WATCH_SECONDS = 1.0
 

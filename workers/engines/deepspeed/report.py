@@ -9,7 +9,8 @@ from typing import Any
 
 from shared.errors import FleetError
 from workers.engines.base import EngineOutput, NewTokens
-from workers.engines.deepspeed.wire import Channel, error_to_json, output_to_json
+from workers.engines.common.processes import error_to_json
+from workers.engines.deepspeed.wire import Channel, output_to_json
 
 TICK_SECONDS = 1.0
 """How often the worker is told that a batch makes progress when there is nothing else to tell."""

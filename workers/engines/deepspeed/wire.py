@@ -16,9 +16,8 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-import shared.errors
 from shared.contract import Usage
-from shared.errors import EngineError, FleetError
+from shared.errors import EngineError
 from workers.engines.base import EngineOutput
 
 Arrays = dict[str, NDArray[Any]]
@@ -79,21 +78,6 @@ class Channel:
                 raise EOFError("the other side closed the connection")
             view = view[taken:]
         return data
-
-
-def error_to_json(error: BaseException) -> dict[str, str]:
-    """An error as a message; what is not ours becomes an :class:`EngineError` with the class's name in the text."""
-    if isinstance(error, FleetError):
-        return {"class": type(error).__name__, "message": str(error)}
-    return {"class": EngineError.__name__, "message": f"{type(error).__name__}: {error}"}
-
-
-def error_from_json(data: Mapping[str, str]) -> FleetError:
-    """The error that :func:`error_to_json` was given."""
-    cls = getattr(shared.errors, data["class"], EngineError)
-    if not (isinstance(cls, type) and issubclass(cls, FleetError)):
-        cls = EngineError
-    return cls(data["message"])
 
 
 def output_to_json(output: EngineOutput) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from shared.contract import EngineName, Feature
 from shared.settings import ModelSpec, Settings
 from workers.engines.base import Availability, Engine
 from workers.engines.common.text import require_path
-from workers.engines.onnx.export import converted
+from workers.engines.onnx.conversion import converted
 from workers.engines.onnx.model import OnnxModel
 from workers.engines.onnx.session import open_session
 

@@ -1,58 +1,34 @@
-"""Conversion to ONNX, once per model and content: exported from PyTorch, validated against it, kept on disk."""
+"""Converts a model to ONNX: exported from PyTorch, and validated against it."""
 
 from __future__ import annotations
 
-import logging
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import EngineLoadError, MissingDependency
-from shared.settings import ModelSpec, Settings
+from shared.settings import ModelSpec, OnnxSettings
 from workers.engines.common.roles import Role, role_of
 from workers.engines.common.scoring import Labels
 from workers.engines.common.text import TextCodec, first_line, task_prefixes
 from workers.engines.onnx.checks import measured
-from workers.engines.onnx.files import ENCODER_GRAPH, GRAPH, META, Conversion, folder_of
+from workers.engines.onnx.files import ENCODER_GRAPH, GRAPH, Conversion
 from workers.engines.onnx.model import OnnxModel
 
 if TYPE_CHECKING:
     from workers.engines.pytorch.model import TorchModel
 
-logger = logging.getLogger(__name__)
-
 QUANTISED_LEAST_COSINE = 0.95
 """Least cosine similarity of a quantised model's outputs to the original's at which it may serve."""
 
 
-def converted(spec: ModelSpec, settings: Settings) -> tuple[Path, Conversion]:
-    """The folder of the converted model, converted now if it was not before.
+def convert(spec: ModelSpec, settings: OnnxSettings, folder: Path) -> Conversion:
+    """Write the converted model into a folder, validated.
 
-    Raises :class:`EngineLoadError` where the conversion fails or deviates from the original, and
-    :class:`MissingDependency` where what it needs is not installed.
+    For a process of its own, as :mod:`workers.engines.onnx.conversion` is: the exporter changes PyTorch for the whole
+    process while it works. Raises what :func:`workers.engines.onnx.conversion.converted` does.
     """
-    folder = folder_of(spec, settings)
-    if (folder / META).is_file():
-        return folder, Conversion.read(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
-    try:
-        conversion = _convert(spec, settings, scratch)
-        conversion.write(scratch)
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not (folder / META).is_file():  # otherwise another worker was faster, with the same result
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return folder, conversion
-
-
-def _convert(spec: ModelSpec, settings: Settings, folder: Path) -> Conversion:
     try:
         import onnx  # noqa: F401  # the exporter needs both, and says so late and at length
         import onnxscript  # noqa: F401
@@ -63,7 +39,7 @@ def _convert(spec: ModelSpec, settings: Settings, folder: Path) -> Conversion:
         ) from error
     from workers.engines.onnx import graphs
 
-    quantise = settings.optimization.onnx.enable_quantization
+    quantise = settings.enable_quantization
     original = _original(spec)
     conversion = _described(original, quantise)
     kinds: dict[Role, dict[str, type[graphs.Graph]]] = {
@@ -134,14 +110,14 @@ def _described(original: TorchModel, quantise: bool) -> Conversion:
     )
 
 
-def _validated(original: TorchModel, conversion: Conversion, folder: Path, settings: Settings) -> Conversion:
+def _validated(original: TorchModel, conversion: Conversion, folder: Path, settings: OnnxSettings) -> Conversion:
     """The conversion with what it costs; raise :class:`EngineLoadError` where that is more than is allowed.
 
     An encoder is first tried with several texts in a row. Where positions are not all that ties a token to its text
     (relative attention, convolutions) that deviates, and each text gets a row of its own.
     """
     spec = original.spec
-    configured = settings.optimization.onnx.validation_tolerance
+    configured = settings.validation_tolerance
     limit = 1 - QUANTISED_LEAST_COSINE if conversion.quantised else configured
     for packs in (True, False) if conversion.packs else (False,):
         tried = replace(conversion, packs=packs)
@@ -149,24 +125,11 @@ def _validated(original: TorchModel, conversion: Conversion, folder: Path, setti
         tried = replace(tried, cost=cost)
         away = tried.difference
         if away <= limit:
-            logger.info(
-                "converted %s to ONNX%s: differences of outputs: largest %.2g, mean %.2g; %.1f %% of %s agree",
-                spec.name, ", quantised" if conversion.quantised else "", cost.largest, cost.mean,
-                100 * cost.agreement, _ANSWERS[conversion.role],
-            )  # fmt: skip
             return tried
     raise EngineLoadError(
         f"the ONNX conversion of {spec.name!r} deviates from the original by {away:.3g}; at most {limit:.3g} may be "
         + ("(quantised)" if conversion.quantised else "(optimization.onnx.validation_tolerance)")
     )
-
-
-_ANSWERS = {
-    Role.DECODER: "next tokens",
-    Role.SEQ2SEQ: "next tokens",
-    Role.ENCODER: "nearest neighbours",
-    Role.CLASSIFIER: "labels (or ranks)",
-}
 
 
 def _plain_session(graph: Path) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 from shared.contract import Kind
 from shared.settings import ModelSpec, Settings
 from workers.engines.common.files import content_digest
-from workers.engines.common.roles import KINDS, Role
+from workers.engines.common.roles import KINDS, Role, role_of
 from workers.engines.common.scoring import Labels
 
 GRAPH = "model.onnx"
@@ -132,7 +132,9 @@ def folder_of(spec: ModelSpec, settings: Settings) -> Path:
 
 def fingerprint(spec: ModelSpec, quantise: bool) -> str:
     """Changes with the model's files, the options that shape the graph, and the libraries that write it."""
-    parts = [str(LAYOUT_VERSION), str(quantise), str(spec.max_length), ",".join(sorted(spec.kinds))]
+    role = role_of(spec)
+    kinds = sorted(spec.kinds) if role is Role.CLASSIFIER else ()  # they say what its labels are
+    parts = [str(LAYOUT_VERSION), str(quantise), str(spec.max_length), role, *kinds]
     parts += [f"{package}={_version(package)}" for package in ("transformers", "onnxruntime", "onnxruntime-gpu")]
     return content_digest(spec.path, *parts)
 
