@@ -222,7 +222,8 @@ def compare_vllm(
 ) -> Iterator[tuple[str, Found]]:
     """VLLM through the fleet against its server, against PyTorch without batches and, where asked, against ``itself``.
 
-    PyTorch comes before and after: an idle engine beside it would take processor time from its threads.
+    PyTorch comes before and after: an idle engine beside it would take processor time from its threads. Of a single
+    round it comes before only.
     """
     log = folder / "unbatched.log"
     alone = one_by_one(model, log, number, rounds, 200)
@@ -231,7 +232,8 @@ def compare_vllm(
         if itself:
             yield "fleet_vs_engine_vllm", compare("vllm", model, folder, settings, number, rounds)
         yield "fleet_vs_vllm_serve", compare_server(model, folder, settings, number, rounds)
-    alone += one_by_one(model, log, number, rounds, 400)
+    if rounds > 1:
+        alone += one_by_one(model, log, number, rounds, 400)
     theirs, ours = median(alone), median([number / seconds for seconds in loads[1:]])
     yield "vllm_vs_pytorch_unbatched", (theirs, ours, ours / theirs)
 

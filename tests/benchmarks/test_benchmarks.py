@@ -64,14 +64,14 @@ def test_a_benchmark_prints_its_figures_and_leaves_nothing(command: str, names: 
 
 @pytest.mark.timeout(300)
 def test_the_fault_suite_prints_its_figures(tmp_path: Path) -> None:
-    """``make faults ONLY=bad-members`` in short: a line a figure, and logs where they are asked for."""
+    """``make faults ONLY=broker-full`` in short: a line a figure, and logs where they are asked for."""
     environ = environment()
 
-    done = run_module(["tests.faults", "--short", "--only", "bad-members", "--keep", str(tmp_path)], environ, 280)
+    done = run_module(["tests.faults", "--short", "--only", "broker-full", "--keep", str(tmp_path)], environ, 280)
 
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert {"bad-members/ids", "bad-members/lost", "bad-members/seconds"} <= set(figures(done.stdout))
-    assert list(tmp_path.glob("bad-members/worker-*.log"))
+    assert {"broker-full/ids", "broker-full/lost", "broker-full/seconds"} <= set(figures(done.stdout))
+    assert list(tmp_path.glob("broker-full/worker-*.log"))
     eventually(lambda: not left_of(environ), what="the end of all processes")
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +20,6 @@ from shared.errors import Cancelled, ContextTooLong, EngineDied, EngineLoadError
 from shared.settings import ModelSpec, Settings
 from tests.contract.told import check_broken_listener, check_cancelled, check_progress, check_tokens
 from tests.support.engines import DECODERS, MAX_TOKENS, generate, greedy_tokens, prompts, run
-from tests.support.fleet import ROOT
 from tests.support.models import Models
 from tests.support.tiny_models import CONTEXT, mean_vectors
 from tests.support.waiting import eventually
@@ -225,32 +222,3 @@ def test_tensor_parallel_and_a_killed_core(models) -> None:
     eventually(
         lambda: not [p for p in mine if p.is_running() and p.status() != "zombie"], what="the end of its processes"
     )
-
-
-def test_a_killed_worker_takes_its_engine_along(models, tmp_path: Path) -> None:
-    """SIGKILL of the process that started the core: none of the core's processes lives on."""
-    script = (
-        "import os, psutil, signal, sys; from pathlib import Path; from tests.contract.test_vllm import start\n"
-        "if __name__ == '__main__':\n"
-        "    start(Path(sys.argv[1]))\n"
-        "    print('PIDS', *[p.pid for p in psutil.Process().children(recursive=True)], flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    program = tmp_path / "killed.py"
-    program.write_text(script)
-    done = subprocess.run(
-        [sys.executable, str(program), str(models.path("llama"))], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
-    )  # fmt: skip
-    pids = [int(pid) for line in done.stdout.splitlines() if line.startswith("PIDS") for pid in line.split()[1:]]
-
-    assert len(pids) >= 2
-    eventually(lambda: not [pid for pid in pids if alive(pid)], what="the end of the core's processes")
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -81,7 +81,10 @@ def out_of_service(fleet: FleetUnderTest, engine: str) -> dict[str, str]:
     ],
 )
 def test_a_killed_engine_process(make_fleet, models, reference, engine: str, process: str) -> None:
-    """SIGKILL of a process of the engine while 64 requests generate: all end right elsewhere; it comes back."""
+    """SIGKILL of a process of the engine while 64 requests generate: all end right elsewhere; it comes back.
+
+    SIGKILL of the worker: none of the engine's processes lives on.
+    """
     fleet = make_fleet(configuration(models, engine))
     fleet.start_worker("pytorch", wait=False)
     worker = fleet.start_worker(engine, wait=False)
@@ -112,6 +115,19 @@ def test_a_killed_engine_process(make_fleet, models, reference, engine: str, pro
     eventually(lambda: not out_of_service(fleet, engine), 300, "the engine's return")
     again = fleet.client.submit({"model": "llama", "inputs": {"prompt": "back?"}}).result(60)
     assert again.engine_used == engine
+
+    mine = psutil.Process(worker.pid).children(recursive=True)
+    assert any(process in child.name() or process in " ".join(child.cmdline()) for child in mine)
+    worker.kill()
+    eventually(lambda: not [child for child in mine if runs(child)], what="the end of the killed worker's processes")
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 # Requirements: 3.5, 15.3

@@ -155,11 +155,20 @@ class PipelinedScripts:
         self._leave()
 
     def _send(self, sent: _Sent, command: str, what: str | bytes) -> None:
+        said = (command, what, len(sent.keys), *sent.keys, *sent.args)
+        if self._connection is not None and not self._under_way:
+            try:
+                self._connection.send_command(*said, check_health=False)
+            except redis.ConnectionError:  # it has ended since it was last used: the broker has not got the script
+                self._leave()
+            else:
+                self._under_way.append(sent)
+                return
         self._under_way.append(sent)
         try:
             if self._connection is None:
                 self._connect()
-            self._connection.send_command(command, what, len(sent.keys), *sent.keys, *sent.args, check_health=False)
+            self._connection.send_command(*said, check_health=False)
         except BaseException:
             self._leave()
             raise

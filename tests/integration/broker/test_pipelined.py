@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,22 @@ def test_an_idle_connection_that_is_closed_is_made_anew(own: EmbeddedBroker, hub
     scripts.scripts.wait()
 
     assert scripts.seen == ["a", "b"]
+    scripts.scripts.detach()
+
+
+def test_a_connection_that_does_not_take_an_idle_ones_script_is_made_anew(own: EmbeddedBroker, hub: Hub) -> None:
+    """The loop has not noticed yet that it has ended: nothing was under way, so nothing is lost and nothing raised."""
+    scripts = Scripts(own)
+    scripts.scripts.attach(hub)
+    scripts.send("a")
+    scripts.scripts.wait()
+    scripts.scripts.socket.shutdown(socket.SHUT_WR)
+
+    scripts.send("b")
+    scripts.scripts.wait()
+
+    assert scripts.seen == ["a", "b"]
+    assert scripts.runs(own) == 2
     scripts.scripts.detach()
 
 

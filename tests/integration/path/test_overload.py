@@ -36,9 +36,9 @@ def test_a_file_of_requests_waits_for_room(make_fleet) -> None:
     fleet = make_fleet(fleet={"queue_capacity": 7}, optimization={"fake": {"latency_ms": 5}})
     fleet.start_worker()
 
-    texts = [result.text for result in fleet.client.map({**ECHO, "inputs": {"prompt": f"{n}"}} for n in range(150))]
+    texts = [result.text for result in fleet.client.map({**ECHO, "inputs": {"prompt": f"{n}"}} for n in range(50))]
 
-    assert texts == [str(number)[::-1] for number in range(150)]
+    assert texts == [str(number)[::-1] for number in range(50)]
 
 
 def test_a_bad_line_among_many_costs_no_other_its_answer_while_the_queue_is_full(make_fleet) -> None:

@@ -69,11 +69,13 @@ def test_an_engine_that_disagrees_is_refused(tmp_path: Path, redis_client: redis
 def test_what_cannot_be_checked(tmp_path: Path, redis_client: redis.Redis) -> None:
     """Without a reference a model serves unchecked, or not at all where checking is required."""
     base = {"models": {"cache_dir": str(tmp_path)}}
-    lenient = Settings.model_validate(base)
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "model.safetensors").write_bytes(bytes(2 * 10**6))
+    lenient = Settings.model_validate({**base, "optimization": {"parity": {"max_reference_mb": 1}}})
     strict = Settings.model_validate({**base, "optimization": {"parity": {"required": True}}})
 
-    assert "unchecked: PyTorch cannot be asked" in ParityGate(EngineName.ONNX, lenient, redis_client)(
-        Parrot(tmp_path / "nothing", 1)
-    )
-    with pytest.raises(EngineDisagrees, match="cannot be checked"):
+    assert "unchecked: no worker with the PyTorch engine has answered yet, and 2 MB" in ParityGate(
+        EngineName.ONNX, lenient, redis_client
+    )(Parrot(tmp_path / "large", 1))
+    with pytest.raises(EngineDisagrees, match="cannot be checked.*PyTorch cannot be asked"):
         ParityGate(EngineName.ONNX, strict, redis_client)(Parrot(tmp_path / "nothing", 1))
