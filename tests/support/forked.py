@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from shared.settings_schema import root_schema
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([
     __name__, "tests.faults.worker", "workers.celery", "workers.hooks.transport",
@@ -27,6 +30,8 @@ _CONTEXT.set_forkserver_preload([
     "celery.worker.autoscale", "celery.worker.components", "celery.worker.consumer.delayed_delivery",
     "onnxruntime", "workers.engines.onnx.engine", "workers.engines.pytorch.model",
 ])  # fmt: skip
+
+root_schema()  # made once, here and where workers are forked, and not by each of them
 
 _LOCK = threading.Lock()
 """Held while a process is started or asked whether it has ended: multiprocessing does not expect several threads."""
@@ -79,6 +84,7 @@ def be_worker(arguments: Sequence[str], environ: dict[str, str], log: Path) -> N
     """Be ``celery -A workers worker`` with these arguments until the end of this process."""
     from celery.__main__ import main as celery
 
+    gc.freeze()  # what the process it is forked from has loaded is not looked at again by each collection
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.clear()
     os.environ.update(environ)
