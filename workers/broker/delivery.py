@@ -267,7 +267,14 @@ class RedisDelivery:
     ) -> None:
         """The same by the pipelined connection. What was ``lost`` may be settled again: what was written stands."""
         args = self._settle_terms(settlements)
-        self.scripts.run(self._settle, self._settle_keys, args, lambda flags: then(_written(flags)), lost)
+        pushes = any(settlement.push_list for settlement in settlements)
+
+        def answered(flags: list[int]) -> None:
+            if pushes:
+                self.scripts.doubt()
+            then(_written(flags))
+
+        self.scripts.run(self._settle, self._settle_keys, args, answered, lost)
 
     def _settle_terms(self, settlements: Sequence[Settlement]) -> list[bytes | str]:
         payloads: list[bytes | str] = []

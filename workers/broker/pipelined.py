@@ -150,6 +150,10 @@ class PipelinedScripts:
         if self._more(seconds):
             self.readable()
 
+    def doubt(self) -> None:
+        """A script of this connection has changed keys: of those it is told no news."""
+        self._tell(None)
+
     def close(self) -> None:
         """Close the connection; what is under way is lost."""
         self._leave()

@@ -7,27 +7,25 @@ nothing is lost.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
+from uuid import NAMESPACE_OID, uuid5
 
 import orjson
 from celery import Celery, signature
 from celery.canvas import Signature
 from celery.result import AsyncResult
-from kombu.exceptions import OperationalError
 from kombu.utils import json
 
 from shared.errors import UndecodableMessage, WrongSignature
 from shared.signing import Signer
-from workers.broker.errors import BROKER_ERRORS
+from workers.broker.errors import BROKER_ERRORS, refused
 from workers.observe.celery_events import request_context
 from workers.requests.ending import FINAL, End, Ending
-from workers.requests.inflight import InFlight
+from workers.requests.inflight import CANVAS, InFlight
 
 logger = logging.getLogger(__name__)
-
-PARTS = ("callbacks", "errbacks", "chain", "chord")
 
 
 class Canvas:
@@ -54,7 +52,8 @@ class Canvas:
     def _go_on(self, item: InFlight, embed: dict[str, Any], result: Mapping[str, Any] | None) -> list[Any]:
         options = {"parent_id": item.id, "root_id": item.headers.get("root_id"), "priority": item.priority}
         children: list[AsyncResult[Any]] = [
-            self._signature(callback).apply_async((result,), **options) for callback in embed.get("callbacks") or ()
+            self._signature(callback).apply_async((result,), **options)
+            for callback in _named(embed.get("callbacks"), item.id)
         ]
         rest = list(embed.get("chain") or ())
         if rest:
@@ -75,13 +74,16 @@ class Canvas:
         if embed.get("chord"):
             told.append(partial(backend.on_chord_part_return, context, state, error))
         if embed.get("errbacks") and not revoked:
+            context.errbacks = _named(embed["errbacks"], f"{ending.item.id}/error")
             told.append(partial(backend._call_task_errbacks, context, error, None))
-        problems = []
+        problems: list[Exception] = []
         for tell in told:  # what is wrong with one of them is not to keep another waiting
             try:
                 tell()
-            except (OperationalError, *BROKER_ERRORS):
-                raise
+            except BROKER_ERRORS as problem:
+                if not refused(problem):
+                    raise
+                problems.append(problem)
             except Exception as problem:  # noqa: BLE001  # it is raised when all were told
                 problems.append(problem)
         if problems:
@@ -109,9 +111,17 @@ class Canvas:
 
 def _read(embed: Mapping[str, Any]) -> dict[str, Any]:
     """A canvas with the times and other values that kombu writes in a form of its own."""
-    read: dict[str, Any] = json.loads(orjson.dumps({part: embed.get(part) for part in PARTS}))
+    read: dict[str, Any] = json.loads(orjson.dumps({part: embed.get(part) for part in CANVAS}))
     return read
 
 
+def _named(steps: Sequence[dict[str, Any]] | None, name: str) -> list[dict[str, Any]]:
+    """Callbacks with the ids under which they are called, however often: Celery leaves that to each call."""
+    return [
+        {**step, "options": {"task_id": str(uuid5(NAMESPACE_OID, f"{name}/{number}")), **(step.get("options") or {})}}
+        for number, step in enumerate(steps or ())
+    ]
+
+
 def _canvas(embed: Mapping[str, Any]) -> bool:
-    return any(embed.get(part) for part in PARTS)
+    return any(embed.get(part) for part in CANVAS)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from collections import deque
 from functools import partial
 
 from workers.broker.delivery import Settlement, Written
+from workers.broker.errors import BROKER_ERRORS
 from workers.ends.settler import Settler
 from workers.requests.ending import Ending
 from workers.requests.inflight import State
 from workers.requests.table import RequestTable
+
+logger = logging.getLogger(__name__)
 
 AT_ONCE = 256
 """Settlements that one script writes."""
@@ -22,8 +27,10 @@ class Outbox:
     def __init__(self, settler: Settler, table: RequestTable) -> None:
         self._settler = settler
         self._table = table
-        self._decided: list[Ending] = []
+        self._decided: deque[Ending] = deque()
         self._prepared: list[Prepared] = []
+        self._untold: list[Ending] = []
+        self._level = logging.WARNING
 
     def add(self, ending: Ending) -> None:
         """A request's end is decided; it is written with the next :meth:`flush`."""
@@ -37,22 +44,37 @@ class Outbox:
         the writing is tried.
         """
         while self._decided or self._prepared:
-            try:
-                self._prepare()
-            finally:  # where a canvas cannot be told, what was prepared before is written all the same
-                self._send()
+            self._prepare()
+            self._send()
         if wait:
             self._settler.delivery.wait()
 
+    def tell_again(self) -> None:
+        """Try those again whose canvas could not be told. To be called often: nothing else does it."""
+        if self._untold:
+            self._decided.extend(self._untold)
+            self._untold.clear()
+            self._level = logging.DEBUG  # it was said
+            try:
+                self.flush()
+            finally:
+                self._level = logging.WARNING
+
     def _prepare(self) -> None:
-        """Tell canvases. One that cannot be told goes behind the others, so that it keeps none of them from its end."""
+        """Tell canvases. One that cannot be told yet keeps no other request from its end, nor the loop from its work.
+
+        After it, those that have a canvas are left for the next time: each would wait for the broker as long.
+        """
         while self._decided and len(self._prepared) < AT_ONCE:
-            ending = self._decided.pop(0)
+            ending = self._decided.popleft()
+            if self._untold and ending.item.may_have_canvas:
+                self._untold.append(ending)
+                continue
             try:
                 self._prepared.append(self._settler.prepare(ending))
-            except BaseException:
-                self._decided.append(ending)
-                raise
+            except BROKER_ERRORS as error:
+                self._untold.append(ending)
+                logger.log(self._level, "who waits for request %s cannot be told yet: %s", ending.item.id, error)
 
     def _send(self) -> None:
         chunk = self._prepared[:AT_ONCE]

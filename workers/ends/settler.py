@@ -15,7 +15,7 @@ from kombu.exceptions import OperationalError
 
 from shared.errors import EngineError
 from workers.broker.delivery import Delivery, Settlement, Written
-from workers.broker.errors import BROKER_ERRORS
+from workers.broker.errors import BROKER_ERRORS, refused
 from workers.broker.leases import Leases
 from workers.ends.canvas import Canvas
 from workers.ends.settlements import settlement_of
@@ -37,6 +37,8 @@ class Settler:
 
     def end(self, endings: Sequence[Ending], *, on_loop: bool = True) -> list[Written]:
         """End requests now; says what came of each. Off the loop the observers are told when the loop looks next."""
+        if not endings:
+            return []
         prepared = [self.prepare(ending) for ending in endings]
         written = self.delivery.settle([settlement for _, settlement in prepared])
         self.conclude([ending for ending, _ in prepared], written, on_loop=on_loop)
@@ -50,10 +52,13 @@ class Settler:
         """
         try:
             return ending, settlement_of(ending, self._canvas.tell(ending))
-        except OperationalError as error:  # Celery's word for it
-            raise ConnectionError(str(error)) from error
-        except BROKER_ERRORS:
-            raise
+        except BROKER_ERRORS as error:
+            if isinstance(error, OperationalError) and not refused(error):  # Celery's word for it
+                raise ConnectionError(str(error)) from error
+            if not refused(error):
+                raise
+            name = type(error).__name__
+            logger.error("the broker refuses what follows request %s: %s", ending.item.id, error)
         except Exception as error:  # noqa: BLE001  # the boundary: what cannot be written is its own request's failure
             # Its text may quote what the engine was given or has answered.
             name = type(error).__name__

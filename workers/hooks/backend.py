@@ -1,6 +1,6 @@
 """Celery's Redis result backend, as this worker uses it: whoever waits on what follows a request is told, at once.
 
-Checked against celery 5.7. What is overridden: ``restore_group``, whose result ``on_chord_part_return`` joins;
+Checked against celery 5.7. What is overridden: ``on_chord_part_return``, which calls the body of a chord;
 ``_fail_chain`` and ``chord_error_from_stack``, which tell of a failure; ``mark_as_revoked``, which remote control
 calls.
 """
@@ -15,21 +15,84 @@ from typing import Any
 from celery import states
 from celery.app.task import Context
 from celery.backends.redis import RedisBackend
-from celery.canvas import Signature, group
-from celery.exceptions import TaskRevokedError
+from celery.canvas import Signature, group, signature
+from celery.exceptions import ChordError, TaskRevokedError
 from celery.result import GroupResult
 
 from shared import keys, wire
 from shared.broker import lua
+from workers.broker.errors import BROKER_ERRORS, refused
+
+CLAIM, CLAIM_SECONDS, DONE_SECONDS = "muai", 10, 300
+"""The name under which this fleet's workers call a chord's body, one for all of them, since each may go on with what
+another has begun; for how long other workers leave it to them; and how long a chord that is done is remembered."""
+
+_CHORD_KEYS = (".j", ".t", ".s", ".d", "", ".c")
 
 
 class ChordBackend(RedisBackend):
     """The backend of a worker whose loop ends requests."""
 
-    def restore_group(self, group_id: str, cache: bool = True) -> Any:
-        """The saved results of a chord's header, where it has groups in it; nothing is waited for."""
-        header = super().restore_group(group_id, cache=cache)
-        return None if header is None else _JoinedParts(self, header)
+    def on_chord_part_return(
+        self, request: Context, state: str, result: Any, propagate: bool | None = None, **kwargs: Any
+    ) -> None:
+        """A member of a chord has ended; when all have, the body is called with their answers, or fails.
+
+        What a broker that fails raises is raised: nothing is marked before the body is published, so all of it can be
+        done again, and the body has the same id then. Celery would keep others from doing it for some seconds, and
+        take the broker's failure for one of the chord.
+        """
+        group_id, index = request.group, request.group_index
+        if not group_id or not request.id:
+            return
+        parts, more, size, done, header, claim = (self.get_key_for_group(group_id, key) for key in _CHORD_KEYS)
+        part = self.encode([1, request.id, state, self.encode_result(result, state)])
+        ready, added, expected, _ = self._chord_part_return_script(
+            keys=[parts, more, size, done, header, claim],
+            args=[
+                request.id, part, int(self._chord_zset), "+inf" if index is None else index, self.chord_expires or 0,
+                self._chord_result_expires, CLAIM_SECONDS, CLAIM,
+            ],
+        )  # fmt: skip
+        if not expected or ready != int(expected) + int(added or 0):
+            return
+        body = signature(request.chord, app=self.app)
+        try:
+            answers = self._answers(group_id)
+        except ChordError as error:
+            self.chord_error_from_stack(body, error)
+        else:
+            self._call(body, answers)
+        self._chord_cleanup_script(keys=[claim, parts, more, size, done], args=[CLAIM, DONE_SECONDS])
+
+    def _call(self, body: Signature, answers: list[Any]) -> None:
+        try:
+            body.delay(answers)
+        except BROKER_ERRORS as error:
+            if not refused(error):
+                raise
+            self.chord_error_from_stack(body, ChordError(f"the broker refuses the body: {error}"))
+        except Exception as error:  # noqa: BLE001  # the boundary: what cannot be sent is the body's failure
+            self.chord_error_from_stack(body, ChordError(f"Callback error: {type(error).__name__}"))
+
+    def _answers(self, group_id: str) -> list[Any]:
+        """The answers of a chord's members, in the header's structure; raises ``ChordError`` for one that failed.
+
+        They are taken from the parts that came in. Where the header has groups in it Celery waits for the record of
+        each: a worker that ends requests together tells their chords before it writes their records, and its loop,
+        which is to write them, would wait for itself.
+        """
+        parts = self.get_key_for_group(group_id, ".j")
+        rows = self.client.zrange(parts, 0, -1) if self._chord_zset else self.client.lrange(parts, 0, -1)
+        header = self.restore_group(group_id)
+        if header is None:
+            return [self._unpack_chord_result(row, self.decode) for row in rows]
+        answers = {self.decode(row)[1]: self._unpack_chord_result(row, self.decode) for row in rows}
+
+        def join(group: GroupResult) -> list[Any]:
+            return [join(one) if isinstance(one, GroupResult) else answers[one.id] for one in group.results]
+
+        return join(header)
 
     def chord_error_from_stack(self, callback: Signature, exc: BaseException | None = None) -> Any:
         """Fail the body of a chord, and with it the chord that the body is a member of."""
@@ -72,34 +135,6 @@ class ChordBackend(RedisBackend):
             return
         record = wire.failure_meta(task_id, TaskRevokedError(reason), status=state)
         self._cancel(keys=[keys.result_key(task_id), keys.CANCELLED], args=[record, int(self.expires)])
-
-
-class _JoinedParts:
-    """Stands for the results of a chord's header that has groups in it: they are taken from the parts that came in.
-
-    Celery waits for the record of each. A worker that ends requests together tells their chords before it writes their
-    records, and its loop, which is to write them, would wait for itself.
-    """
-
-    supports_native_join = True
-
-    def __init__(self, backend: RedisBackend, header: GroupResult) -> None:
-        self._backend = backend
-        self._header = header
-
-    def on_ready(self) -> None:
-        """Nothing waits for it here."""
-
-    def join_native(self, **_: Any) -> list[Any]:
-        """The answers in the header's structure; raises :class:`~celery.exceptions.ChordError` for a failed part."""
-        backend = self._backend
-        rows = backend.client.zrange(backend.get_key_for_group(self._header.id, ".j"), 0, -1)
-        answers = {backend.decode(row)[1]: backend._unpack_chord_result(row, backend.decode) for row in rows}
-
-        def join(header: GroupResult) -> list[Any]:
-            return [join(one) if isinstance(one, GroupResult) else answers[one.id] for one in header.results]
-
-        return join(self._header)
 
 
 def _calls(steps: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:

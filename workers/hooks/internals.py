@@ -65,11 +65,11 @@ RELIED_UPON: Mapping[str, Mapping[str, str]] = {
         "redis._parsers.hiredis._HiredisParser.read_response": "returns what the broker pushed, when asked to",
     },
     "workers/hooks/backend.py": {
-        "celery.backends.base.Backend.restore_group": "overridden: its result is joined from the parts that came in",
+        "celery.backends.base.Backend.restore_group": "the header of a chord with groups in it, or nothing",
         "celery.backends.base.Backend.chord_error_from_stack": "overridden: the chord that the body is in is told too",
         "celery.backends.base.Backend.mark_as_revoked": "overridden: what remote control revokes is cancelled",
         "celery.backends.redis.RedisBackend._unpack_chord_result": "a part's answer, or ChordError",
-        "celery.backends.redis.RedisBackend.on_chord_part_return": "calls restore_group and joins what it returns",
+        "celery.backends.redis.RedisBackend.on_chord_part_return": "overridden, with the scripts and keys that it uses",
     },
     "workers/hooks/consumer.py": {
         "celery.worker.consumer.consumer.Consumer.on_unknown_task": "overridden: refuses",

@@ -11,6 +11,7 @@ How it waits is in :mod:`workers.broker.waiting`.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, ClassVar, Protocol
@@ -202,10 +203,16 @@ class Channel(kombu_redis.Channel):
         if queue in self._unacknowledged:
             self.delivery.settle([Settlement(message.lease) for message in claim.messages])
         intake = self.intakes.get(queue)
-        for message in claim.messages:
-            self._hand_over(queue, message, intake)
+        left, refusals = deque(claim.messages), list[Ending]()
+        try:
+            while left:
+                self._hand_over(queue, left.popleft(), intake, refusals)
+        finally:
+            if left:  # a task of Celery's has failed to be taken in: nobody keeps the leases of what came behind it
+                self.delivery.settle([Settlement.give_back(message.lease) for message in reversed(left)])
         if intake is not None:
             intake.claim_delivered(claim)
+        self.services.settler.end(refusals)
 
     def _queue_bind(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -228,9 +235,11 @@ class Channel(kombu_redis.Channel):
             self.delivery.settle([Settlement(message.delivery_tag)])
         return message
 
-    def _hand_over(self, queue: str, message: LeasedMessage, intake: MessageSink | None) -> None:
-        """Requests go straight to their intake, everything else to Celery's consumer."""
-        envelope = self._read(queue, message)
+    def _hand_over(
+        self, queue: str, message: LeasedMessage, intake: MessageSink | None, refusals: list[Ending]
+    ) -> None:
+        """Requests go to their intake, everything else to Celery's consumer, and what is refused to the list."""
+        envelope = self._read(queue, message, refusals)
         if envelope is None:
             return
         if intake is not None and envelope["headers"].get("task") == TASK_NAME:
@@ -239,8 +248,8 @@ class Channel(kombu_redis.Channel):
         envelope["properties"]["delivery_info"] = {"exchange": "", "routing_key": queue}
         self.connection._deliver(envelope, queue)
 
-    def _read(self, queue: str, message: LeasedMessage) -> dict[str, Any] | None:
-        """The envelope of a claimed message; ``None`` where it is refused, which is settled here."""
+    def _read(self, queue: str, message: LeasedMessage, refusals: list[Ending]) -> dict[str, Any] | None:
+        """The envelope of a claimed message; ``None`` where it is refused, whose end is added to the list."""
         try:
             envelope = wire.decode_envelope(message.payload, self.services.limits.now.max_payload_bytes)
             if queue not in self._unacknowledged:  # there are no tasks among the replies of remote control
@@ -248,14 +257,15 @@ class Channel(kombu_redis.Channel):
         except BadRequest as error:
             item = InFlight.unreadable(message.lease, queue, message.payload, error)
             logger.error("a message on %s went to the dead letters: %s", queue, error)
-            self.services.settler.end([Ending.refused(item, error)])
+            refusals.append(Ending.refused(item, error))
             return None
         envelope["properties"]["delivery_tag"] = message.lease
         return envelope
 
     def _get(self, queue: str) -> dict[str, Any]:
-        claim = self.delivery.claim(queue, 1)
-        envelope = self._read(queue, claim.messages[0]) if claim.messages else None
+        claim, refusals = self.delivery.claim(queue, 1), list[Ending]()
+        envelope = self._read(queue, claim.messages[0], refusals) if claim.messages else None
+        self.services.settler.end(refusals)
         if envelope is None:
             raise kombu_redis.Empty()
         return envelope

@@ -25,6 +25,10 @@ AHEAD_SHARE = 0.25
 """How much more than can run is claimed for an engine that batches by itself, so that no slot waits for the broker."""
 
 
+TOGETHER_SECONDS = 0.005
+"""What begins to rest within this time comes back together: the loop fires few timers at a turn."""
+
+
 class Loop(Protocol):
     """What is needed of the worker's event loop."""
 
@@ -58,6 +62,7 @@ class Execution:
         self._clock = clock
         self._has_peer = has_peer
         self._batches: dict[Batch[InFlight], float] = {}
+        self._resting: dict[tuple[float, int], list[InFlight]] = {}
         self._slots = runner.slots + (int(AHEAD_SHARE * runner.slots) if runner.continuous else 0)
         self._loop: Loop | None = None
         self._timer_at = float("inf")
@@ -197,4 +202,12 @@ class Execution:
             raise RuntimeError("a request rests on a loop")
         self._table.move(item, State.RESTING)
         item.attempts += 1
-        self._loop.call_later(seconds, then, item)
+        key = seconds, int(self._clock() / TOGETHER_SECONDS)
+        if key not in self._resting:
+            self._resting[key] = []
+            self._loop.call_later(seconds, self._rested, key, then)
+        self._resting[key].append(item)
+
+    def _rested(self, key: tuple[float, int], then: Callable[[InFlight], None]) -> None:
+        for item in self._resting.pop(key):
+            then(item)

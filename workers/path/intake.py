@@ -196,6 +196,7 @@ class Intake:
 
     def tend(self) -> None:
         """End what runs and is not wanted any longer, and let the engine know."""
+        self._outbox.tell_again()
         running = self.table.all(State.RUNNING)
         if not running:
             return
@@ -256,4 +257,5 @@ class Intake:
         if running:
             logger.warning("%d requests did not end in time and go back to %s", len(running), self.queue)
         self._outbox.flush()
+        self._outbox.tell_again()
         return self.in_flight == 0

@@ -156,13 +156,16 @@ class EngineRunner(ABC):
         self._report(ModelsChanged())
         self._inbox.put(_Signal.LOOK)
 
-    def _wrapped(self, error: Exception, items: Sequence[InFlight]) -> FleetError:
+    def _wrapped(self, error: BaseException, items: Sequence[InFlight]) -> FleetError:
         """An engine's exception as an error of ours, which does not quote what the engine was given."""
-        requests = _requests(items)
-        if isinstance(error, FleetError):
-            return discreet(error, requests)
-        logger.error("the %s engine failed\n%s", self.models.engine.name, traceback_of(error, requests))
-        return EngineError(f"{self.models.engine.name}: {told(error, requests)}")
+        requests, engine = _requests(items), self.models.engine.name
+        try:
+            if isinstance(error, FleetError):
+                return discreet(error, requests)
+            logger.error("the %s engine failed\n%s", engine, traceback_of(error, requests))
+            return EngineError(f"{engine}: {told(error, requests)}")
+        except Exception:  # noqa: BLE001  # an exception whose text cannot be had
+            return EngineError(f"{engine}: {type(error).__name__}")
 
 
 class BatchRunner(EngineRunner):
@@ -181,10 +184,11 @@ class BatchRunner(EngineRunner):
         open_members = dict(enumerate(items))
 
         def emit(index: int, outcome: Result) -> None:
-            item = open_members.pop(index, None)
+            item = open_members.get(index)
             if item is None:
                 raise EngineError(f"member {index} of {len(items)} was answered twice, or is not there")
             self._finish(item, _discreet(outcome, item), batch_size, started)
+            del open_members[index]
 
         error: FleetError
         try:
@@ -193,7 +197,7 @@ class BatchRunner(EngineRunner):
             if not open_members:
                 return
             error = EngineError(f"the {self.models.engine.name} engine left {len(open_members)} members unanswered")
-        except Exception as raised:  # noqa: BLE001  # the boundary: whatever an engine raises is an outcome
+        except BaseException as raised:  # noqa: BLE001  # the boundary: whatever an engine raises is an outcome
             error = self._wrapped(raised, items)
         left = list(open_members.values())
         if (len(left) == 1 and len(items) == 1) or error.outage or not error.hops:
@@ -234,7 +238,7 @@ class ContinuousRunner(EngineRunner):
             if not isinstance(model, ContinuousModel) or request is None:
                 raise BadRequest("the request cannot join what runs")
             model.submit(request, done)
-        except Exception as raised:  # noqa: BLE001  # likewise
+        except BaseException as raised:  # noqa: BLE001  # likewise
             done(self._wrapped(raised, [item]))
 
 

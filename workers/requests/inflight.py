@@ -18,6 +18,9 @@ from shared.errors import BadRequest, PayloadTooLarge, UndecodableMessage
 HANDLED = frozenset({"v", "hops", "deliveries"})
 """Of what is in our header: our client writes the first, the sweeper and engines that fail the others."""
 
+CANVAS = ("callbacks", "errbacks", "chain", "chord")
+"""The parts of what a call carries for those that follow it."""
+
 _CORRELATION = re.compile(rb'"correlation_id": ?"([^"\\]{1,128})"')
 
 LARGEST_READ = 64 * 1024 * 1024
@@ -152,10 +155,15 @@ class InFlight:
         unknown = kwargs.keys() - {"request"}
         if unknown:
             raise BadRequest(f"{TASK_NAME} takes no argument named {', '.join(sorted(unknown))[:LONGEST_NAMES]}")
-        data = {**data, "id": data.get("id") or self.id}
+        data = {**data, "id": self.id}
         if args:
             data["inputs"] = inputs_from_previous(data.get("inputs"), args[0])
         return InferenceRequest.parse(data)
+
+    @property
+    def may_have_canvas(self) -> bool:
+        """Whether others may wait for its end: steps that follow it, or a chord that it is part of."""
+        return self.embed is None or any(self.embed.get(part) for part in CANVAS)
 
     @property
     def foreign(self) -> bool:

@@ -35,10 +35,18 @@ class Sweeper:
         return next_due
 
     def _end(self, endings: Sequence[Ending]) -> None:
-        self._settler.end(endings)
-        back = sum(ending.end is End.GIVE_BACK for ending in endings)
-        logger.warning("%d expired leases taken over: %d back in their queues, %d dead-lettered",
-                       len(endings), back, len(endings) - back)  # fmt: skip
+        """Each that may have a canvas by itself: where that cannot be told, the others have their ends."""
+        back = [ending for ending in endings if ending.end is End.GIVE_BACK]
+        self._settler.end(back)
+        for ending in endings:
+            if ending.end is End.GIVE_BACK:
+                continue
+            try:
+                self._settler.end([ending])
+            except ConnectionError as error:  # its lease lapses again
+                logger.warning("who waits for request %s cannot be told: %s", ending.item.id, error)
+        logger.warning("%d expired leases taken over: %d back in their queues, %d given up",
+                       len(endings), len(back), len(endings) - len(back))  # fmt: skip
 
     def ending_of(self, swept: Swept) -> Ending:
         """What becomes of a message whose worker is gone."""

@@ -152,3 +152,27 @@ def test_a_delayed_request_comes_back_when_it_is_cancelled(delivery, make_fleet,
 
     assert redis_client.lrange("fake", 0, -1) == [b"later"]
     assert redis_client.hlen(keys.DELAYED) == redis_client.zcard(keys.LEASE_INDEX) == 0
+
+
+def test_who_waits_for_a_list_hears_of_what_its_own_worker_puts_there(
+    delivery: RedisDelivery, redis_client: redis.Redis
+) -> None:
+    """The broker does not tell the connection that did it, and no longer tells it of what others do."""
+
+    class Listener:
+        def __init__(self) -> None:
+            self.news: list[object] = []
+
+        def changed(self, names: object) -> None:
+            self.news.append(names)
+
+    listener, claims = Listener(), []
+    delivery.scripts.tell(listener)
+    delivery.claim_soon("fake", 1, claims.append, lambda: None)
+    leased(redis_client, "1")
+    assert [claim.waiting for claim in claims] == [False]
+
+    delivery.settle_soon([Settlement.give_back("1")], lambda _: None, lambda: None)
+
+    assert listener.news == [None]
+    delivery.scripts.close()

@@ -1,0 +1,123 @@
+"""Chords on a broker that fails while their bodies are called: told again, the body is called, under the same id."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import redis
+from celery.app.task import Context
+from celery.canvas import Signature
+from kombu.exceptions import OperationalError
+
+from shared import keys
+from shared.contract import EngineName
+from tests.support.memory_worker import settings_of
+from workers.celery import create_app
+from workers.hooks.backend import ChordBackend
+
+GROUP = "members"
+BODY = {
+    "task": "muai.infer", "args": [], "kwargs": {}, "options": {"task_id": "body", "queue": "fake"},
+    "subtask_type": None, "immutable": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def backend(broker, redis_client) -> ChordBackend:
+    """The backend of a worker's app, on which a chord of two members waits."""
+    app = create_app(settings_of(EngineName.FAKE, redis_url=broker.url))
+    found: ChordBackend = app.backend
+    found.set_chord_size(GROUP, 2)
+    return found
+
+
+def end(backend: ChordBackend, number: int, state: str = "SUCCESS", result: Any = None) -> None:
+    """A member has ended."""
+    context = Context(id=f"member-{number}", group=GROUP, group_index=number, chord=dict(BODY))
+    backend.on_chord_part_return(context, state, {"n": number} if result is None else result)
+
+
+def calls(client: redis.Redis) -> list[bytes]:
+    """The messages that wait in the queue of the body."""
+    return client.lrange("fake", 0, -1)
+
+
+def test_the_last_member_calls_the_body_with_the_answers(backend: ChordBackend, redis_client: redis.Redis) -> None:
+    """In the members' order, once, however often an end is told."""
+    end(backend, 1)
+    end(backend, 1)
+    assert calls(redis_client) == []
+
+    end(backend, 0)
+    end(backend, 0)
+
+    (call,) = calls(redis_client)
+    assert b'"id": "body"' in call or b'"id":"body"' in call
+    assert not redis_client.keys("celery-taskset-meta-members.[jtsd]")
+
+
+@pytest.mark.parametrize("where", ["_chord_part_return_script", "client", "call", "_chord_cleanup_script"])
+def test_a_broker_that_fails_on_the_way_to_the_body_is_told_again(
+    backend: ChordBackend, redis_client: redis.Redis, monkeypatch, where: str
+) -> None:
+    """After the script has run, while the answers are read, while the body is sent, before the chord is done."""
+    end(backend, 0)
+
+    def breaks(*_: Any, **__: Any) -> None:
+        raise redis.ConnectionError("the broker is away")
+
+    with monkeypatch.context() as patch:
+        if where == "_chord_part_return_script":
+            run = backend._chord_part_return_script
+            patch.setitem(backend.__dict__, where, lambda **terms: (run(**terms), breaks()))
+        elif where == "client":
+            patch.setattr(backend.client, "zrange", breaks)
+        elif where == "call":
+            patch.setattr(Signature, "delay", lambda *_: (_ for _ in ()).throw(OperationalError("away")))
+        else:
+            patch.setitem(backend.__dict__, where, breaks)
+        with pytest.raises((redis.ConnectionError, OperationalError)):
+            end(backend, 1)
+    end(backend, 1)
+
+    assert len(calls(redis_client)) == (2 if where == "_chord_cleanup_script" else 1)
+    assert redis_client.get(keys.result_key("body")) is None
+    end(backend, 1)
+    assert len(calls(redis_client)) == (2 if where == "_chord_cleanup_script" else 1)
+
+
+def test_a_member_that_failed_fails_the_body(backend: ChordBackend, redis_client: redis.Redis) -> None:
+    """It is not called."""
+    end(backend, 0, "FAILURE", ValueError("no"))
+    end(backend, 1)
+
+    assert calls(redis_client) == []
+    assert b"FAILURE" in redis_client.get(keys.result_key("body"))
+
+
+def test_a_body_that_cannot_be_sent_has_failed(backend: ChordBackend, redis_client: redis.Redis, monkeypatch) -> None:
+    """Whoever waits for it is told; also where it is the broker that would refuse it every time."""
+    refusal = OperationalError("refused")
+    refusal.__cause__ = redis.exceptions.NoPermissionError("no permission")
+    monkeypatch.setattr(Signature, "delay", lambda *_: (_ for _ in ()).throw(refusal))
+
+    end(backend, 0)
+    end(backend, 1)
+
+    assert b"FAILURE" in redis_client.get(keys.result_key("body"))
+
+
+def test_a_header_with_groups_in_it_keeps_its_structure(backend: ChordBackend) -> None:
+    """The body gets lists in the places of the groups."""
+    app = backend.app
+    inner = app.GroupResult("inner", [app.AsyncResult("member-1")])
+    header = app.GroupResult(GROUP, [app.AsyncResult("member-0"), inner])
+    backend._set_chord_key(backend.get_key_for_group(GROUP), backend.encode({"result": header.as_tuple()}))
+    found = []
+    backend._call = lambda body, answers: found.append(answers)  # type: ignore[method-assign]
+
+    end(backend, 0)
+    end(backend, 1)
+
+    assert found == [[{"n": 0}, [{"n": 1}]]]
