@@ -171,7 +171,8 @@ def decode_envelope(payload: bytes, max_bytes: int | None = None) -> dict[str, A
     for name in ("id", "task"):
         if headers.get(name) and not usable_id(headers[name]):
             raise UndecodableMessage(f"the message's {name} is not a text of at most {LONGEST_ID} printable characters")
-    if nested_deeper([headers, properties], MAX_HEADER_DEPTH):
+    brackets = payload.count(b"{") + payload.count(b"[")  # nothing is deeper than there are of them
+    if brackets > MAX_HEADER_DEPTH and nested_deeper([headers, properties], MAX_HEADER_DEPTH):
         raise UndecodableMessage(f"the message's headers are nested more than {MAX_HEADER_DEPTH} deep")
     body = _body(envelope.get("body"), properties.get("body_encoding"))
     if len(payload) > MAX_HEADER_BYTES and len(payload) > ESCAPED * len(body.encode()) + MAX_HEADER_BYTES:

@@ -102,7 +102,9 @@ class Batcher(Generic[T]):
 
     def add(self, item: T, key: Hashable, tokens: int, now: float) -> None:
         """Let a request of ``tokens`` tokens wait with the others of its key."""
-        group = self._groups.setdefault(key, _Group())
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = _Group()
         group.members.append(_Member(item, tokens, now, self._added))
         group.tokens += tokens
         group.last_arrival = now

@@ -89,6 +89,7 @@ class Intake:
         self._done: deque[BatchDone] = deque()
         self._loop: Loop | None = None
         self._drain_soon = promise(self.drain)
+        self._draining = False
 
     def attach(self, loop: Loop) -> None:
         """Run on this loop from now on; what is left over from the connection before goes on first."""
@@ -151,13 +152,15 @@ class Intake:
             self._done.append(event)
         else:
             self._reports.append(event)
-        if self._loop is not None:
+        if not self._draining and self._loop is not None:
+            self._draining = True
             self._loop.call_soon(self._drain_soon)
 
     # -- settle -----------------------------------------------------------------------------------------------------
 
     def drain(self) -> None:
         """Start the next batch, and write the ends of what the engine reported."""
+        self._draining = False  # what is reported from now on asks for another time
         self._admit_claimed()
         # A free engine first gets its next batch; then the ends of the last one are written.
         self._take_done()

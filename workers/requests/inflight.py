@@ -66,6 +66,7 @@ class InFlight:
         "embed",
         "eventer",
         "first_token",
+        "foreign",
         "headers",
         "hops",
         "id",
@@ -109,6 +110,7 @@ class InFlight:
         own = wire.own_header(headers)
         self.id = wire.usable_id(headers.get("id")) or wire.usable_id(properties.get("correlation_id")) or lease
         self.reply = wire.reply_of(headers)
+        self.foreign = HANDLED.isdisjoint(own)  # others than our own client have sent it, and no worker has handled it
         sent = own.get("sent")
         self.sent = float(sent) if isinstance(sent, int | float) and 0 < sent <= claimed else claimed
         self.hops = _hops(own.get("hops"))
@@ -166,11 +168,6 @@ class InFlight:
         return self.embed is None or any(self.embed.get(part) for part in CANVAS)
 
     @property
-    def foreign(self) -> bool:
-        """Whether others than our own client have sent it, and no worker has handled it yet."""
-        return not (HANDLED & wire.own_header(self.headers).keys())
-
-    @property
     def tenant(self) -> str:
         """Whose request it is."""
         return self.request.tenant if self.request is not None else DEFAULT_TENANT
@@ -188,12 +185,15 @@ class InFlight:
     @property
     def due(self) -> float:
         """The time at which it is to be looked at: to be run or, where it expires before that, to be ended."""
-        return min(self.eta or 0.0, self.expires or float("inf"))
+        eta = self.eta
+        return 0.0 if eta is None else min(eta, self.expires or float("inf"))
 
     def last_moment(self) -> float | None:
         """The earlier of the deadline and ``expires``: its lease is not kept longer."""
-        times = [self.expires, self.request.deadline if self.request else None]
-        return min((when for when in times if when is not None), default=None)
+        expires, deadline = self.expires, self.request.deadline if self.request else None
+        if expires is None or deadline is None:
+            return deadline if expires is None else expires
+        return min(expires, deadline)
 
     def record_extra(self) -> dict[str, Any]:
         """What Celery adds to the result record of a task in a group or a chain."""
