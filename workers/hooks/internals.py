@@ -52,6 +52,7 @@ RELIED_UPON: Mapping[str, Mapping[str, str]] = {
         "kombu.transport.redis.Transport._deliver": "hands what is no request to Celery's consumer",
         "kombu.transport.virtual.base.QoS.__init__": "has _delivered, _dirty, _quick_ack and _on_collect",
         "kombu.transport.virtual.base.QoS._flush": "called before what is open is given back",
+        "kombu.transport.redis.Channel._put_fanout": "overridden: keeps how many have heard a message",
         "kombu.transport.redis.QoS.append": "stepped over: leases take the place of its index",
         "kombu.transport.virtual.base.QoS.append": "overridden: holds the lease",
         "kombu.transport.virtual.base.QoS.ack": "overridden: ends the lease",

@@ -135,6 +135,7 @@ class Channel(kombu_redis.Channel):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.waiting = Waiting()
+        self.heard: dict[str, int] = {}
         self._taken = 0
         self._unacknowledged: set[str] = set()
         super().__init__(*args, **kwargs)
@@ -286,6 +287,16 @@ class Channel(kombu_redis.Channel):
             text = body if isinstance(body, str) else body.decode()
             headers = {**headers, wire.HEADER: self.services.signer.sign(headers, text)}
         return super().prepare_message(body, priority, content_type, content_encoding, headers, properties)
+
+    def _put_fanout(self, exchange: str, message: dict[str, Any], routing_key: str, **kwargs: Any) -> None:
+        """Publish an event or a command; ``heard`` keeps how many subscribers it had."""
+        if kwargs.get("_publish_batch") is not None:
+            super()._put_fanout(exchange, message, routing_key, **kwargs)
+            return
+        payload = wire.dumps(message)
+        with self.conn_or_acquire() as client:
+            topics = self._get_publish_topics(exchange, routing_key)
+            self.heard[exchange] = sum(client.publish(topic, payload) for topic in topics)
 
     def message_to_python(self, raw_message: Any) -> Any:
         """Commands and events, which are on no list, are not decompressed either."""

@@ -30,8 +30,11 @@ logger = logging.getLogger(__name__)
 FLUSH_SECONDS = 0.1
 """Events are published together this long after the first of them: one message for what would be a round trip each."""
 
+UNHEARD_SECONDS = 1.0
+"""The same while nobody subscribes to events: whoever does gets those of the last second."""
+
 BUFFER_LIMIT = 2048
-"""Events after which they are published at once."""
+"""Events after which they are published at once, or forgotten where nobody subscribes."""
 
 GROUP = "task"
 
@@ -93,10 +96,19 @@ class CeleryEvents(Observer):
             {**self._common, "type": event, "timestamp": time.time(), "clock": clock, "uuid": item.id, **fields}
         )
         if len(self._waiting) >= BUFFER_LIMIT:
-            self.flush()
+            if self._heard():
+                self.flush()
+            else:
+                self._waiting.clear()
         elif not self._flush_due:
             self._flush_due = True
-            self.consumer.hub.call_later(FLUSH_SECONDS, self.flush)
+            self.consumer.hub.call_later(FLUSH_SECONDS if self._heard() else UNHEARD_SECONDS, self.flush)
+
+    def _heard(self) -> bool:
+        """Whether somebody has received the last events, those of Celery's heartbeat among them."""
+        producer = self._dispatcher.producer
+        heard: Mapping[str, int] = getattr(producer.channel, "heard", {}) if producer is not None else {}
+        return heard.get(self._dispatcher.exchange.name, 1) > 0
 
     def request_received(self, item: InFlight) -> None:
         """Send ``task-received``."""
