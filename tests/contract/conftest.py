@@ -8,9 +8,19 @@ from pathlib import Path
 import pytest
 
 from shared.settings import ModelSpec
-from tests.support.models import Models
+from tests.support.models import Models, converting_here
 from workers.engines import engine_class
 from workers.engines.base import LoadedModel
+
+
+@pytest.fixture(autouse=True)
+def _converting_here(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Models are converted by this process, except in the tests of the process that does it for a worker."""
+    if request.node.get_closest_marker("converts_by_process"):
+        yield
+        return
+    with converting_here():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -247,6 +247,7 @@ def test_conversion_is_reused_and_follows_the_weights(load, models, tmp_path) ->
 
 
 # Requirements: 3.2, 3.5
+@pytest.mark.converts_by_process
 def test_a_conversion_that_deviates_does_not_serve(models, tmp_path) -> None:
     """Above the tolerance the conversion is refused with both numbers, and nothing of it is kept."""
     settings = Settings.model_validate(
@@ -259,6 +260,7 @@ def test_a_conversion_that_deviates_does_not_serve(models, tmp_path) -> None:
     assert list((tmp_path / "onnx").iterdir()) == []
 
 
+@pytest.mark.converts_by_process
 def test_models_are_loaded_while_others_are_converted(models, tmp_path) -> None:
     """Each engine of a worker has a thread, and what makes models changes PyTorch for all of them."""
     spec = ModelSpec(name="shallow", path=str(models.path("shallow")))
@@ -277,6 +279,7 @@ def test_models_are_loaded_while_others_are_converted(models, tmp_path) -> None:
     assert len(answers) == 1
 
 
+@pytest.mark.converts_by_process
 def test_a_conversion_whose_process_dies_is_a_load_error(models, tmp_path, monkeypatch) -> None:
     """As the kernel ends what takes too much memory: it is said, and nothing of the conversion is left."""
     python = tmp_path / "python"
@@ -291,6 +294,7 @@ def test_a_conversion_whose_process_dies_is_a_load_error(models, tmp_path, monke
     assert list((tmp_path / "onnx").iterdir()) == []
 
 
+@pytest.mark.converts_by_process
 def test_a_conversion_ends_with_its_worker(models, tmp_path) -> None:
     """A worker that is killed leaves no process behind."""
     environ = environment()

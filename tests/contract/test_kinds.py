@@ -206,7 +206,6 @@ def test_a_model_that_does_not_fit_its_declaration(
     ("name", "kinds", "words"),
     [
         ("bert", ["generate"], "which needs a causal language model; it is a BertModel: its weights lack cls"),
-        ("three", ["rerank"], "has 3 labels; a cross-encoder has one, or two"),
     ],
 )
 def test_what_a_process_of_a_model_finds_is_the_loads_error(models, name: str, kinds: list, words: str) -> None:

@@ -10,7 +10,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from shared.settings import ModelSpec, Settings
+import pytest
+
+from shared.settings import ModelSpec, OnnxSettings, Settings
+
+
+@contextmanager
+def converting_here() -> Iterator[None]:
+    """Models are converted by this process, where that takes half as long as by one of its own: much is loaded."""
+    from workers.engines.onnx import conversion
+    from workers.engines.onnx.export import convert
+
+    def here(spec: ModelSpec, settings: OnnxSettings, folder: Path) -> None:
+        convert(spec, settings, folder).write(folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion, "convert_by_process", here)
+        yield
 
 
 class Models:
@@ -49,18 +65,13 @@ class Models:
         return Settings.model_validate({"models": {"cache_dir": str(self.cache)}, **sections})
 
     def convert(self, spec: ModelSpec) -> None:
-        """Convert a model to ONNX in this process, where that takes half as long as in one of its own."""
-        from workers.engines.onnx.export import convert
+        """Convert a model to ONNX, unless a process of the run has done it."""
+        from workers.engines.onnx.conversion import converted
         from workers.engines.onnx.files import folder_of
 
         settings = self.settings()
-        folder = folder_of(spec, settings)
-        with self.making(folder.name):
-            if not folder.exists():
-                scratch = folder.with_name(f"making-{folder.name}")
-                scratch.mkdir(parents=True)
-                convert(spec, settings.optimization.onnx, scratch).write(scratch)
-                scratch.rename(folder)
+        with self.making(folder_of(spec, settings).name), converting_here():
+            converted(spec, settings)
 
     @contextmanager
     def making(self, name: str) -> Iterator[None]:

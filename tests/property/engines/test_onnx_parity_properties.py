@@ -14,6 +14,7 @@ from transformers import BertConfig, BertModel
 from demo.train import make_tokenizer
 from shared.contract import EngineName, InferenceRequest
 from shared.settings import ModelSpec, Settings
+from tests.support.models import converting_here
 from workers.engines import engine_class
 from workers.engines.base import LoadedModel
 from workers.models.parity import agreement, ask
@@ -45,7 +46,10 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LoadedMod
     spec = ModelSpec.model_validate(
         {"name": "m", "path": str(folder), "kinds": ["embed"], "options": {"onnx": {"intra_op_threads": 1}}}
     )
-    original, converted = (engine_class(name)(configured).load(spec) for name in (EngineName.PYTORCH, EngineName.ONNX))
+    with converting_here():
+        original, converted = (
+            engine_class(name)(configured).load(spec) for name in (EngineName.PYTORCH, EngineName.ONNX)
+        )
     yield original, converted
     original.close()
     converted.close()

@@ -50,7 +50,7 @@ def converted(spec: ModelSpec, settings: Settings) -> tuple[Path, Conversion]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
     try:
-        _run(spec, settings.optimization.onnx, scratch)
+        convert_by_process(spec, settings.optimization.onnx, scratch)
         conversion = Conversion.read(scratch)
         try:
             scratch.rename(folder)
@@ -68,7 +68,7 @@ def converted(spec: ModelSpec, settings: Settings) -> tuple[Path, Conversion]:
     return folder, conversion
 
 
-def _run(spec: ModelSpec, settings: OnnxSettings, folder: Path) -> None:
+def convert_by_process(spec: ModelSpec, settings: OnnxSettings, folder: Path) -> None:
     """Let a process convert into a folder; raise its error."""
     asked = {"spec": spec.model_dump(mode="json"), "onnx": settings.model_dump(mode="json"), "folder": str(folder)}
     environ = {**os.environ, "PYTHONPATH": python_path(), "CUDA_VISIBLE_DEVICES": ""}  # it is done on the CPU
