@@ -48,14 +48,14 @@ class Claim:
     """What a claim brought.
 
     ``now`` is the broker's clock in seconds (0 where there was nothing to claim), ``waiting`` whether more is left that
-    may be claimed, ``left_out`` how many tenants have their share of what is in flight, ``cancelled`` how many
-    cancellations are remembered.
+    may be claimed, ``left_out`` how many tenants have their share of what is in flight, ``cancelled`` when a request
+    was cancelled last, by the same clock (0: none is known).
     """
 
     now: float
     waiting: bool
     left_out: int
-    cancelled: int
+    cancelled: float
     messages: list[LeasedMessage]
 
 
@@ -318,7 +318,7 @@ class RedisDelivery:
 
 def _claim_of(rows: list[Any]) -> Claim:
     messages = [LeasedMessage(lease.decode(), payload) for lease, payload in zip(rows[4::2], rows[5::2], strict=True)]
-    return Claim(rows[0] / 1000, rows[1] > 0, rows[2], rows[3], messages)
+    return Claim(rows[0] / 1000, rows[1] > 0, rows[2], rows[3] / 1000, messages)
 
 
 def _written(flags: list[int]) -> list[Written]:

@@ -89,7 +89,8 @@ class MemoryBroker:
             lease = self._next_lease(tenant)
             self.leases[lease] = Lease(list_name, message, self.now + lease_ms)
             messages.append(LeasedMessage(lease, message))
-        return Claim(self.now / 1000, bool(taken.waiting), taken.left_out, len(self.cancelled), messages)
+        last = max(self.cancelled.values(), default=0)
+        return Claim(self.now / 1000, bool(taken.waiting), taken.left_out, last / 1000, messages)
 
     def renew(self, leases: Mapping[str, float | None], lease_ms: int) -> set[str]:
         """Keep leases, each not past its last moment (seconds since the epoch), as ``renew.lua`` does.

@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 SAME_ID_SECONDS = 1.0
 """How long a message waits while another of the same id is under way."""
 
+CLOCKS_APART_SECONDS = 60.0
+"""How far the clocks of a sender and of the broker may be apart for a cancellation to be seen at once."""
+
 Wait = Callable[[InFlight, float], None]
 """Lets an admitted request wait for its turn; the time is in seconds since the epoch."""
 
@@ -133,9 +136,15 @@ class Admission:
             else:
                 self._outbox.add(Ending.duplicate(item))
 
-    def drop_cancelled(self) -> None:
-        """End what waits and was cancelled."""
-        waiting = list(self._waiting)
+    def drop_cancelled(self, last: float) -> None:
+        """End what waits and was cancelled, where the last cancellation was at this time, in seconds since the epoch.
+
+        What was sent after it is not asked about. Where a sender's clock is so wrong that this overlooks one, it is
+        found while it runs.
+        """
+        waiting = [item for item in self._waiting if item.sent <= last + CLOCKS_APART_SECONDS]
+        if not waiting:
+            return
         gone = self._delivery.cancelled_among([item.id for item in waiting])
         dropped = {item for item in waiting if item.id in gone}
         self._waiting.remove(dropped)

@@ -118,7 +118,7 @@ class Intake:
         if claim.left_out and self._loop is not None:
             self._loop.call_later(LEFT_OUT_SECONDS, lambda: None)  # the loop claims when it wakes
         if claim.cancelled and len(self._waiting):
-            self._admission.drop_cancelled()
+            self._admission.drop_cancelled(claim.cancelled)
         self._outbox.flush()
         self._execution.pump()
 

@@ -9,6 +9,7 @@ from shared.contract import EngineName
 from shared.errors import EngineBusy
 from tests.support.memory_worker import LEASE_SECONDS, MemoryFleet, MemoryWorker, settings_of
 from workers.broker.memory import Failure
+from workers.path.admission import CLOCKS_APART_SECONDS
 from workers.requests.inflight import State
 
 FAKE = EngineName.FAKE
@@ -258,3 +259,23 @@ def test_what_waits_and_was_cancelled_goes_with_the_next_claim(worker: MemoryWor
     worker.turn()
 
     assert (fleet.answers("a"), worker.in_flight) == (1, 2)
+
+
+def test_a_cancellation_of_long_ago_costs_the_claims_after_it_nothing(
+    worker: MemoryWorker, fleet: MemoryFleet, monkeypatch
+):
+    """It is remembered for an hour; what was sent since is not asked about."""
+    asked = []
+    monkeypatch.setattr(worker.delivery, "cancelled_among", lambda ids: asked.append(list(ids)) or set())
+    worker.limits.replace(batcher={"adaptive_batching": False, "max_batch_size": 3, "batch_timeout_ms": 1e6})
+    fleet.cancel("x")
+    fleet.pass_time(CLOCKS_APART_SECONDS + 1)
+    submit(fleet, "a")
+    worker.turn()
+    assert asked == []
+
+    fleet.cancel("y")
+    submit(fleet, "b")
+    worker.turn()
+
+    assert asked[0] == ["a", "b"]

@@ -21,15 +21,15 @@
 -- ARGV[5]   the affinity of who claims; '' is none
 -- ARGV[6]   ms that a lane waits for the worker it is meant for
 -- Returns   { now in ms (0 where there was nothing), 1 where more waits that may be claimed, tenants that were left out,
---             cancelled requests, lease id, message, lease id, message, ... }
+--             when a request was cancelled last in ms (0: none is), lease id, message, lease id, message, ... }
 --
 -- A connection that tracks what it reads is told when a list changes that it found empty: each claim begins with a look at
 -- all of them, and ends with another one, since the broker forgets who has read what the same connection then changes. Many
 -- workers may wait for one message, so the look of those that come too late is cheap.
 local there = redis.call('EXISTS', KEYS[4], unpack(KEYS, 7))
 if there == 0 then return { 0, 0, 0, 0 } end
-local cancelled = redis.call('ZCARD', KEYS[4])
-if cancelled > 0 then there = there - 1 end
+local newest, cancelled = redis.call('ZRANGE', KEYS[4], -1, -1, 'WITHSCORES'), 0
+if newest[2] then there, cancelled = there - 1, tonumber(newest[2]) end
 if there == 0 then return { 0, 0, 0, cancelled } end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
