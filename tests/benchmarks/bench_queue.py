@@ -1,8 +1,9 @@
 """``make bench-queue``: what the queue path costs, against plain Celery with the threads pool and against dramatiq.
 
 Same broker, same payload, same machine, the same answer computed; the three alternate, so that noise hits all. Ours
-runs as it does for users: task events on, results stored for any AsyncResult and sent to the client's reply stream. The
-others run as theirs do, with a result for every request; dramatiq has the threads that serve it best here.
+runs as it does for users: task events on (nobody subscribes to them), results stored for any AsyncResult and sent to
+the client's reply stream. The others run as theirs do, with a result for every request; dramatiq has the threads that
+serve it best here.
 
 Beside them, the floor under a lone request on this machine: a message through two lists of the broker and back.
 
