@@ -40,6 +40,7 @@ MOST_INFLATED = 16 * 1024 * 1024
 """Bytes of a compressed message that is refused, up to which it is unpacked for whoever waits on what follows it."""
 
 MAX_HEADER_DEPTH = 16
+SHORT_BYTES = 8192
 LONGEST_ID = 128
 LONGEST_ERROR = 4096
 """Characters of an error's text that are kept."""
@@ -171,8 +172,9 @@ def decode_envelope(payload: bytes, max_bytes: int | None = None) -> dict[str, A
     for name in ("id", "task"):
         if headers.get(name) and not usable_id(headers[name]):
             raise UndecodableMessage(f"the message's {name} is not a text of at most {LONGEST_ID} printable characters")
-    brackets = payload.count(b"{") + payload.count(b"[")  # nothing is deeper than there are of them
-    if brackets > MAX_HEADER_DEPTH and nested_deeper([headers, properties], MAX_HEADER_DEPTH):
+    # Nothing is nested deeper than there are brackets; to count those of a long message would take longer.
+    flat = len(payload) <= SHORT_BYTES and payload.count(b"{") + payload.count(b"[") <= MAX_HEADER_DEPTH
+    if not flat and nested_deeper([headers, properties], MAX_HEADER_DEPTH):
         raise UndecodableMessage(f"the message's headers are nested more than {MAX_HEADER_DEPTH} deep")
     body = _body(envelope.get("body"), properties.get("body_encoding"))
     if len(payload) > MAX_HEADER_BYTES and len(payload) > ESCAPED * len(body.encode()) + MAX_HEADER_BYTES:

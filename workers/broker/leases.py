@@ -15,10 +15,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import IO, Protocol, cast
 
 from shared import keys
+from shared.python_path import python_path
 from shared.settings import FleetSettings
 from workers.broker.lease_process import Terms
 from workers.broker.lease_table import LeaseTable
@@ -37,8 +37,6 @@ SHOWN = 10
 
 LATEST = 1e11
 """Seconds since the epoch that never come. A deadline may lie in the future as far as its sender likes."""
-
-_ROOT = str(Path(__file__).resolve().parents[2])
 
 
 class Leases(Protocol):
@@ -110,11 +108,10 @@ class LeaseKeeper:
             worker=os.getpid(),
             table=self.table.descriptor,
         )
-        path = os.pathsep.join([_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
         self._unread = b""
         try:
             self._process = process = subprocess.Popen(
-                [sys.executable, "-m", "workers.broker.lease_process"], env={**os.environ, "PYTHONPATH": path},
+                [sys.executable, "-m", "workers.broker.lease_process"], env={**os.environ, "PYTHONPATH": python_path()},
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[terms.table], bufsize=0,
             )  # fmt: skip
             os.set_blocking(_end(process.stdout).fileno(), False)

@@ -23,7 +23,7 @@ from shared.signing import Signer
 from workers.broker.errors import BROKER_ERRORS, refused
 from workers.observe.celery_events import request_context
 from workers.requests.ending import FINAL, End, Ending
-from workers.requests.inflight import CANVAS, InFlight
+from workers.requests.inflight import CANVAS, InFlight, carries_canvas
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Canvas:
         """
         if ending.end is End.RESULT:
             embed = ending.item.embed
-            return self._go_on(ending.item, _read(embed), ending.result) if embed and _canvas(embed) else []
+            return self._go_on(ending.item, _read(embed), ending.result) if embed and carries_canvas(embed) else []
         if ending.end in FINAL:
             embed = self._embed(ending.item)
             if embed:
@@ -97,7 +97,7 @@ class Canvas:
                 embed = item.decode()[2]
             except UndecodableMessage:
                 return None
-        if not _canvas(embed):
+        if not carries_canvas(embed):
             return None
         try:
             self._signer.check({"headers": item.headers, "body": item.body})
@@ -121,7 +121,3 @@ def _named(steps: Sequence[dict[str, Any]] | None, name: str) -> list[dict[str, 
         {**step, "options": {"task_id": str(uuid5(NAMESPACE_OID, f"{name}/{number}")), **(step.get("options") or {})}}
         for number, step in enumerate(steps or ())
     ]
-
-
-def _canvas(embed: Mapping[str, Any]) -> bool:
-    return any(embed.get(part) for part in CANVAS)

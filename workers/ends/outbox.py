@@ -9,7 +9,7 @@ from functools import partial
 from workers.broker.delivery import Settlement, Written
 from workers.broker.errors import BROKER_ERRORS
 from workers.ends.settler import Settler
-from workers.requests.ending import Ending
+from workers.requests.ending import FINAL, Ending
 from workers.requests.inflight import State
 from workers.requests.table import RequestTable
 
@@ -67,7 +67,7 @@ class Outbox:
         """
         while self._decided and len(self._prepared) < AT_ONCE:
             ending = self._decided.popleft()
-            if self._untold and ending.item.may_have_canvas:
+            if self._untold and ending.end in FINAL and ending.item.may_have_canvas:
                 self._untold.append(ending)
                 continue
             try:

@@ -53,9 +53,9 @@ class Settler:
         try:
             return ending, settlement_of(ending, self._canvas.tell(ending))
         except BROKER_ERRORS as error:
-            if isinstance(error, OperationalError) and not refused(error):  # Celery's word for it
-                raise ConnectionError(str(error)) from error
             if not refused(error):
+                if isinstance(error, OperationalError):  # Celery's word for it
+                    raise ConnectionError(str(error)) from error
                 raise
             name = type(error).__name__
             logger.error("the broker refuses what follows request %s: %s", ending.item.id, error)

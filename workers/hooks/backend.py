@@ -58,22 +58,16 @@ class ChordBackend(RedisBackend):
             return
         body = signature(request.chord, app=self.app)
         try:
-            answers = self._answers(group_id)
-        except ChordError as error:
-            self.chord_error_from_stack(body, error)
-        else:
-            self._call(body, answers)
-        self._chord_cleanup_script(keys=[claim, parts, more, size, done], args=[CLAIM, DONE_SECONDS])
-
-    def _call(self, body: Signature, answers: list[Any]) -> None:
-        try:
-            body.delay(answers)
+            body.delay(self._answers(group_id))
         except BROKER_ERRORS as error:
             if not refused(error):
                 raise
             self.chord_error_from_stack(body, ChordError(f"the broker refuses the body: {error}"))
-        except Exception as error:  # noqa: BLE001  # the boundary: what cannot be sent is the body's failure
-            self.chord_error_from_stack(body, ChordError(f"Callback error: {type(error).__name__}"))
+        except ChordError as error:
+            self.chord_error_from_stack(body, error)
+        except Exception as error:  # noqa: BLE001  # the boundary: what cannot be joined or sent is the body's failure
+            self.chord_error_from_stack(body, ChordError(f"the body cannot be called: {type(error).__name__}"))
+        self._chord_cleanup_script(keys=[claim, parts, more, size, done], args=[CLAIM, DONE_SECONDS])
 
     def _answers(self, group_id: str) -> list[Any]:
         """The answers of a chord's members, in the header's structure; raises ``ChordError`` for one that failed.

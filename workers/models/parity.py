@@ -8,6 +8,7 @@ model, or from a process that is started for it.
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ import redis
 from shared import keys
 from shared.contract import EngineName, InferenceRequest, Kind
 from shared.errors import ConfigurationError, EngineDisagrees, EngineError, FleetError
+from shared.python_path import python_path
 from shared.settings import ModelSpec, ParitySettings, Settings
 from workers.engines.base import EngineOutput, LoadedModel
 from workers.engines.common.files import content_digest, weight_bytes
@@ -209,7 +211,8 @@ class ParityGate:
         deadline = time.monotonic() + self._settings.timeout_seconds
         with subprocess.Popen(
             [sys.executable, "-m", "workers.models.reference"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": python_path()}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         ) as process:  # fmt: skip
             try:
                 while True:

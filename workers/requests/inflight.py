@@ -165,7 +165,7 @@ class InFlight:
     @property
     def may_have_canvas(self) -> bool:
         """Whether others may wait for its end: steps that follow it, or a chord that it is part of."""
-        return self.embed is None or any(self.embed.get(part) for part in CANVAS)
+        return self.embed is None or carries_canvas(self.embed)
 
     @property
     def tenant(self) -> str:
@@ -258,6 +258,11 @@ def inputs_from_previous(inputs: object, previous: object) -> object:
         texts.append(text)
     joined = "\n".join(texts)
     return {"prompt": joined, "texts": texts, "messages": [{"role": "user", "content": joined}]}
+
+
+def carries_canvas(embed: Mapping[str, Any]) -> bool:
+    """Whether a call has others that follow it."""
+    return any(embed.get(part) for part in CANVAS)
 
 
 def _canvas(embed: object) -> dict[str, Any]:

@@ -218,3 +218,15 @@ def test_an_end_that_was_decided_while_the_broker_was_away_is_not_forgotten(flee
     outbox.tell_again()
     worker.delivery.wait()
     assert fleet.error("a") == "EngineError: broke"
+
+
+def test_what_goes_back_waits_for_no_canvas(fleet, worker, outbox, table):
+    """Nobody is told that a request goes back: it is in its queue before what may kill the worker runs alone."""
+    first, second = entered(table, claimed(fleet, worker, "a", "b"))
+    worker.canvas.failures.append(AWAY)
+    outbox.add(answered(first))
+    outbox.add(Ending.given_back(second))
+
+    outbox.flush(wait=True)
+
+    assert [item.id for item in table] == ["a"]

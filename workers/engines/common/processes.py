@@ -1,20 +1,11 @@
-"""Processes of this program that an engine starts: where they find it, and how they say what went wrong."""
+"""How a process that an engine has started says what went wrong."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import shared.errors
 from shared.errors import EngineError, FleetError
-
-_ROOT = str(Path(__file__).resolve().parents[3])
-
-
-def python_path() -> str:
-    """The ``PYTHONPATH`` with which they find this program, wherever it was started from."""
-    return os.pathsep.join([_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def error_to_json(error: BaseException) -> dict[str, str]:

@@ -23,7 +23,8 @@ from contextlib import suppress
 from typing import Any
 
 from shared.errors import EngineDied, EngineError, EngineLoadError, FleetError
-from workers.engines.common.processes import error_from_json, python_path
+from shared.python_path import python_path
+from workers.engines.common.processes import error_from_json
 from workers.engines.deepspeed.wire import Channel
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,9 @@ from pathlib import Path
 import orjson
 
 from shared.errors import EngineLoadError, FleetError
+from shared.python_path import python_path
 from shared.settings import ModelSpec, OnnxSettings, Settings
-from workers.engines.common.processes import error_from_json, error_to_json, python_path
+from workers.engines.common.processes import error_from_json, error_to_json
 from workers.engines.common.roles import Role
 from workers.engines.onnx.files import META, Conversion, folder_of
 
