@@ -14,7 +14,7 @@ under ``muai:``.
 ``muai:rate:<tenant>``                  hash: what the tenant may submit at once, and when that was reckoned
 ``muai:lease:index``                    zset lease id -> expiry, ms since the epoch
 ``muai:lease:messages``                 hash lease id -> list the message came from, newline, message
-``muai:lease:next``                     counter that lease ids come from
+``muai:lease:next``                     counter that lease ids begin with
 ``celery-task-meta-<id>``               Celery's result of a request
 ``muai:reply:<client>``                 stream of results for one client
 ``muai:dead``                           stream of dead letters

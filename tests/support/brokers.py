@@ -14,7 +14,7 @@ from shared.settings import FleetSettings
 from tests.support.clock import ManualClock
 from workers.broker.delivery import RedisDelivery
 from workers.broker.memory import MemoryDelivery
-from workers.broker.memory_broker import MemoryBroker
+from workers.broker.memory_broker import LEASES_OF, MemoryBroker
 
 CLOCK = "test:clock"
 
@@ -73,7 +73,7 @@ class RedisSide:
         self._submit = self._client.register_script(lua("shared", "submit"))
         self._cancel = self._client.register_script(lua("shared", "cancel"))
         self._fleet = fleet
-        self._delivery = RedisDelivery(self._client, fleet, limits)
+        self._delivery = RedisDelivery(self._client, fleet, limits, token=lambda: LEASES_OF)
 
     @property
     def delivery(self) -> RedisDelivery:

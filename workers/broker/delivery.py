@@ -8,9 +8,11 @@ is no longer ours. So a request gets exactly one terminal record wherever a proc
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from itertools import count
 from typing import Any, Protocol
 
 import orjson
@@ -191,14 +193,30 @@ def quotas_of(tenants: Mapping[str, TenantSettings], places: int) -> Quotas:
     }  # fmt: skip
 
 
+def lease_tokens() -> Callable[[], str]:
+    """Words that no other process makes, and this one once.
+
+    The broker's counter alone does not make a lease's id unique: after a failover, or a restart without its last
+    writes, it counts again what it counted before, and a lease's old holder would end that of somebody else.
+    """
+    process, calls = secrets.token_hex(5), count()
+    return lambda: f"{process}{next(calls):x}"
+
+
 class RedisDelivery:
     """The scripts over one broker connection pool. From any thread; the loop uses what ends in ``soon``.
 
-    Messages that the worker with this ``affinity`` should have are claimed before others.
+    Messages that the worker with this ``affinity`` should have are claimed before others. ``token`` makes what the ids
+    of one script's leases end with.
     """
 
     def __init__(
-        self, client: redis.Redis, fleet: FleetSettings, limits: LimitsInForce | None = None, affinity: str = ""
+        self,
+        client: redis.Redis,
+        fleet: FleetSettings,
+        limits: LimitsInForce | None = None,
+        affinity: str = "",
+        token: Callable[[], str] | None = None,
     ) -> None:
         self.affinity = affinity
         self._fleet = fleet
@@ -209,6 +227,7 @@ class RedisDelivery:
             keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.DEAD_LETTERS, keys.IN_FLIGHT, keys.UNDER_WAY, keys.DELAYED,
         ]  # fmt: skip
         self._claim_keys: dict[str, list[str]] = {}
+        self._token = token or lease_tokens()
         self._client = client
         self.scripts = PipelinedScripts(client)
         self.quotas = ""
@@ -254,7 +273,8 @@ class RedisDelivery:
             names = [*leases, keys.queue_state(queue), keys.IN_FLIGHT, *keys.lists_of(queue), *keys.lanes_of(queue)]
             self._claim_keys[queue] = names
         patience = self._limits.now.starvation_limit
-        return names, [limit, self._lease_ms, patience, self.quotas, self.affinity, int(COURTESY_SECONDS * 1000)]
+        courtesy = int(COURTESY_SECONDS * 1000)
+        return names, [limit, self._lease_ms, patience, self.quotas, self.affinity, courtesy, self._token()]
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Written]:
         """End leases, and write what follows; says what came of each."""
@@ -308,7 +328,7 @@ class RedisDelivery:
         Returns the seconds until the next one is due (``None``: there is none) and what was taken over.
         """
         leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER, keys.DELAYED, keys.CANCELLED]
-        rows = self._sweep(keys=leases, args=[SWEEP_LIMIT, self._lease_ms, keys.DELAYED_PREFIX])
+        rows = self._sweep(keys=leases, args=[SWEEP_LIMIT, self._lease_ms, keys.DELAYED_PREFIX, self._token()])
         taken = []
         for lease, stored in zip(rows[1::2], rows[2::2], strict=True):
             name, _, payload = stored.partition(b"\n")

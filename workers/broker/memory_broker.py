@@ -19,6 +19,9 @@ STANDS: Mapping[str, Written] = {
 }
 """The states of a record that no other replaces, and what comes of a settlement that finds one."""
 
+LEASES_OF = "memory"
+"""What the ids of leases end with. They need be like no others, for nothing that is in memory outlives them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Lease:
@@ -185,7 +188,8 @@ class MemoryBroker:
 
     def _next_lease(self, tenant: str) -> str:
         self._last += 1
-        return f"{self._last}/{tenant}" if tenant else str(self._last)
+        lease = f"{self._last}-{LEASES_OF}"
+        return f"{lease}/{tenant}" if tenant else lease
 
     def _standing(self, key: str) -> Written | None:
         """What comes of a settlement because of the record that is there; ``None`` where it may be written."""

@@ -20,6 +20,7 @@
 -- ARGV[4]   quotas, JSON: tenant -> [weight, most in flight (0: any number)]; '*' is everybody who is not named; '' is none
 -- ARGV[5]   the affinity of who claims; '' is none
 -- ARGV[6]   ms that a lane waits for the worker it is meant for
+-- ARGV[7]   what makes the ids of this claim's leases unlike all others, should the broker have lost its last writes
 -- Returns   { now in ms (0 where there was nothing), 1 where more waits that may be claimed, tenants that were left out,
 --             when a request was cancelled last in ms (0: none is), lease id, message, lease id, message, ... }
 --
@@ -45,7 +46,7 @@ local function lease(list, tenant, messages)
   local last = redis.call('INCRBY', KEYS[3], #messages) - #messages
   local stored, scores = {}, {}
   for i, message in ipairs(messages) do
-    local id = string.format('%d', last + i)
+    local id = string.format('%d-%s', last + i, ARGV[7])
     if tenant ~= '' then id = id .. '/' .. tenant end
     stored[2 * i - 1], stored[2 * i] = id, list .. '\n' .. message
     scores[2 * i - 1], scores[2 * i] = expiry, id

@@ -12,6 +12,7 @@
 -- ARGV[1]  most leases to take over
 -- ARGV[2]  lease length, ms
 -- ARGV[3]  prefix of delayed leases
+-- ARGV[4]  what makes the ids of these leases unlike all others, should the broker have lost its last writes
 -- Returns  { ms until the next one is due (-1: none), lease id, list name .. newline .. message, ... }
 redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
 local time = redis.call('TIME')
@@ -34,7 +35,7 @@ for _, lease in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT'
       if id and redis.call('HGET', KEYS[4], id) == lease then redis.call('HDEL', KEYS[4], id) end
       push(string.sub(stored, 1, cut - 1), 'R', { string.sub(stored, cut + 1) })
     else
-      local taken = string.format('%d', redis.call('INCR', KEYS[3])) .. (string.match(lease, '/.+') or '')
+      local taken = string.format('%d-%s', redis.call('INCR', KEYS[3]), ARGV[4]) .. (string.match(lease, '/.+') or '')
       redis.call('HSET', KEYS[2], taken, stored)
       redis.call('ZADD', KEYS[1], now + ARGV[2], taken)
       out[#out + 1] = taken
