@@ -94,6 +94,10 @@ class PayloadTooLarge(BadRequest):
     """The request is larger than this fleet accepts."""
 
 
+class IdConflict(BadRequest):
+    """The id belongs to another request."""
+
+
 class UndecodableMessage(BadRequest):
     """A message on the queue could not be decoded."""
 

@@ -24,6 +24,7 @@ under ``muai:``.
 ``muai:workers:info``                   hash worker id -> what the worker announces, JSON
 ``muai:workers:more``                   the same, what readers of 0.1.0 do not know and would refuse
 ``muai:underway``                       zset request id -> when it was submitted, ms; until it has ended
+``muai:contents``                       hash request id -> digest of what it asks, while it is under way
 ``muai:running:<id>``                   the lease under which a message of another sender runs
 ``muai:parity:<digest>``                what PyTorch answers to the parity gate's questions, JSON
 ``muai:gpu:leases``                     zset GPU uuid -> expiry of its lease, ms since the epoch
@@ -51,6 +52,7 @@ LEASE_COUNTER: Final = "muai:lease:next"
 IN_FLIGHT: Final = "muai:inflight"
 DEAD_LETTERS: Final = "muai:dead"
 UNDER_WAY: Final = "muai:underway"
+CONTENTS: Final = "muai:contents"
 CANCELLED: Final = "muai:cancelled"
 DELAYED: Final = "muai:delayed"
 WORKERS_SEEN: Final = "muai:workers:seen"

@@ -2,7 +2,8 @@
 
 Any Celery app can write and read these. What our own client adds travels in one header, ``muai``::
 
-    {"v": 1, "sent": seconds since the epoch, "reply": stream, "hops": [...], "deliveries": int, "signature": hex}
+    {"v": 1, "sent": seconds since the epoch, "content": digest of what is asked, "reply": stream, "hops": [...],
+     "deliveries": int, "signature": hex}
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def encode_request(
     queue: str,
     *,
     sent: float,
+    content: str = "",
     reply: str | None = None,
     max_bytes: int | None = None,
     sign: Sign | None = None,
@@ -71,6 +73,8 @@ def encode_request(
     if headers:
         check_headers(headers)
     header: dict[str, Any] = {"v": CONTRACT_VERSION, "sent": sent}
+    if content:
+        header["content"] = content
     if reply is not None:
         header["reply"] = reply
     fields = request.given()
@@ -260,12 +264,17 @@ def success_meta(
     task_id: str,
     result: bytes,
     *,
+    content: str = "",
     extra: Mapping[str, Any] | None = None,
     children: Sequence[Any] = (),
 ) -> bytes:
-    """Celery's result record of a success that happened now. ``result`` is JSON."""
+    """Celery's result record of a success that happened now. ``result`` is JSON.
+
+    It begins with the digest of what was asked, where that is known: what comes under its id again is compared with it.
+    """
     return orjson.dumps(
         {
+            **({"content": content} if content else {}),
             "status": "SUCCESS",
             "result": orjson.Fragment(result),
             "traceback": None,
@@ -278,11 +287,17 @@ def success_meta(
 
 
 def failure_meta(
-    task_id: str, error: BaseException, *, status: str = "FAILURE", extra: Mapping[str, Any] | None = None
+    task_id: str,
+    error: BaseException,
+    *,
+    status: str = "FAILURE",
+    content: str = "",
+    extra: Mapping[str, Any] | None = None,
 ) -> bytes:
     """Celery's result record of a failure, a retry or a revocation now, as its JSON serializer writes exceptions."""
     return orjson.dumps(
         {
+            **({"content": content} if content else {}),
             "status": status,
             "result": {
                 "exc_type": type(error).__name__,

@@ -11,7 +11,7 @@ import secrets
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import orjson
@@ -20,25 +20,32 @@ from producer.client.records import Outcome
 from producer.client.shorthand import complete
 from shared.contract import InferenceRequest, Kind
 from shared.errors import BadRequest, FleetError, PayloadTooLarge
+from shared.identity import id_in_fleet
 
 _OWN_ID = re.compile(r"[0-9a-f]{8}-([0-9a-f]{32})")
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 _DIGEST_BYTES = 16
-_LONGEST_ID = 128
+_LONGEST_LABEL = 48
+"""Characters of a line's own id that stand in that of its request; a longer one is digested."""
+
 _UNCHECKED = 1
-"""Stands for a line whose id is the user's own: there is no digest to compare."""
+"""Stands for a line that was answered by 0.1.0 and has an id of its own: there is no digest to compare."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the input: its number (from 1), the request's id, and the request or what is wrong with it.
+    """One line of the input: its number (from 1), and the request or what is wrong with it.
 
-    ``digest`` stands for the content, so that a later run notices when the line has changed.
+    ``label`` is the line's own id, empty where it has none, and ``id`` what its answer names: the label or the
+    request's id. ``digest`` stands for the content without the label, so that a later run notices when it has changed.
     """
 
     number: int
     id: str
     content: InferenceRequest | BadRequest
-    digest: int
+    digest: bytes
+    label: str = ""
+    custom: bool = False
 
 
 @dataclass(slots=True)
@@ -46,32 +53,39 @@ class Answers:
     """What an answer file holds: which lines are answered, and how many of them with an error, by type."""
 
     digests: array[int] = field(default_factory=lambda: array("Q"))
+    labels: array[int] = field(default_factory=lambda: array("Q"))
     errors: Counter[str] = field(default_factory=Counter)
     count: int = 0
     run: str | None = None
 
-    def note(self, number: int, request_id: str, error: str | None) -> None:
-        """Line ``number`` is answered."""
-        if number > len(self.digests):
-            self.digests.extend(bytes(number - len(self.digests)))
-        if not self.digests[number - 1]:
+    def note(self, answered: Answered) -> None:
+        """A line is answered."""
+        place = answered.number - 1
+        for kept in (self.digests, self.labels):
+            if place >= len(kept):
+                kept.extend(bytes(answered.number - len(kept)))
+        if not self.digests[place]:
             self.count += 1
-        own = _OWN_ID.fullmatch(request_id)
-        if own:
-            self.run = request_id[:8]
-        self.digests[number - 1] = _short(bytes.fromhex(own[1])) if own else _UNCHECKED
-        if error is not None:
-            self.errors[error] += 1
+        self.run = answered.run or self.run
+        self.digests[place] = _short(answered.digest) if answered.digest else _UNCHECKED
+        self.labels[place] = _label_of(answered.label)
+        if answered.error is not None:
+            self.errors[answered.error] += 1
 
     def has(self, line: Line) -> bool:
-        """Whether ``line`` is answered; raise :class:`BadRequest` where the answer is that of another content."""
-        known = self.digests[line.number - 1] if line.number <= len(self.digests) else 0
-        if known > _UNCHECKED and known != line.digest:
+        """Whether ``line`` is answered; raise :class:`BadRequest` where it was another line that was answered."""
+        place = line.number - 1
+        known = self.digests[place] if place < len(self.digests) else 0
+        if known <= _UNCHECKED:
+            return known == _UNCHECKED
+        same = {"id": self.labels[place] == _label_of(line.label), "content": known == _short(line.digest)}
+        changed = [what for what, is_same in same.items() if not is_same]
+        if changed:
             raise BadRequest(
-                f"line {line.number} is not the line that was answered before: the input has changed (or --model or "
-                "--kind has); write to another file"
+                f"line {line.number} has another {' and another '.join(changed)} than when it was answered: the input "
+                "has changed (or --model or --kind has); write to another file"
             )
-        return known != 0
+        return True
 
 
 # --- input --------------------------------------------------------------------------------------------------------
@@ -83,26 +97,18 @@ def new_run() -> str:
 
 
 def read_lines(
-    stream: BinaryIO,
-    run: str,
-    *,
-    model: str | None = None,
-    kind: Kind | None = None,
-    limit: int = 1 << 22,
-    rename: bool = False,
+    stream: BinaryIO, run: str, *, model: str | None = None, kind: Kind | None = None, limit: int = 1 << 22
 ) -> Iterator[Line]:
     """The lines of ``stream``, one at a time. Blank ones are passed over; those over ``limit`` bytes are bad ones.
 
-    The id of a request is its own, or follows from ``run``, the line's number and its content: the same line of the
-    same run has the same id whenever it is read. With ``rename`` own ids are made new ones too: a request that failed
-    keeps its failure, so it can only be tried again under another id.
+    The id of a request follows from ``run`` and the line's own id (``id`` or ``custom_id``) or, where it has none, its
+    number and content: the same line of the same run has the same id whenever it is read, and no other run has it.
     """
     for number, raw in enumerate(_raw_lines(stream, limit), start=1):
         if number == 1:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
         if raw.strip():
-            line = _line(number, raw, run, model, kind, limit)
-            yield _renamed(line, run) if rename and not _OWN_ID.fullmatch(line.id) else line
+            yield _line(number, raw, run, model, kind, limit)
 
 
 def _raw_lines(stream: BinaryIO, limit: int) -> Iterator[bytes]:
@@ -116,31 +122,42 @@ def _raw_lines(stream: BinaryIO, limit: int) -> Iterator[bytes]:
 
 def _line(number: int, raw: bytes, run: str, model: str | None, kind: Kind | None, limit: int) -> Line:
     content: InferenceRequest | BadRequest
-    named: str | None = None
+    label: Any = None
+    custom = False
     basis = raw.strip()
     try:
         if len(raw) > limit:
             raise PayloadTooLarge(f"the line is longer than {limit} bytes (fleet.max_payload_bytes)")
         data = complete(_object(raw), model=model, kind=kind)
+        custom = "custom_id" in data
+        label, data = _labelled(data)
         # What the defaults filled in counts as content: another --model makes another request of the same line.
         basis = orjson.dumps(data, option=orjson.OPT_SORT_KEYS)
-        named = data.get("id") if isinstance(data.get("id"), str) and data["id"] else None
-        content = InferenceRequest.parse(data)
+        content = InferenceRequest.parse({**data, "id": label} if label is not None else data)
     except BadRequest as error:
         content = error
     digest = hashlib.blake2b(basis, digest_size=_DIGEST_BYTES, person=b"line", salt=number.to_bytes(16, "big")).digest()
-    request_id = named or f"{run}-{digest.hex()}"
-    if isinstance(content, InferenceRequest) and named is None:
-        content = content.model_copy(update={"id": request_id})
-    return Line(number, request_id, content, _short(digest))
-
-
-def _renamed(line: Line, run: str) -> Line:
-    request_id = f"{line.id[: _LONGEST_ID - len(run) - 1]}-{run}"
-    content = line.content
+    label = label if isinstance(label, str) else ""
+    request_id = f"{run}-{_in_id(label) if label else digest.hex()}"
     if isinstance(content, InferenceRequest):
+        request_id = id_in_fleet(request_id, content.tenant)
         content = content.model_copy(update={"id": request_id})
-    return replace(line, id=request_id, content=content)
+    return Line(number, label or request_id, content, digest, label, custom)
+
+
+def _labelled(data: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A line's own id, not checked yet (``None`` where it has none), and the rest of its data."""
+    given = [data[name] for name in ("id", "custom_id") if data.get(name) is not None]
+    if len(given) == 2 and given[0] != given[1]:
+        raise BadRequest("id and custom_id differ: give one of them")
+    rest = {name: value for name, value in data.items() if name not in ("id", "custom_id")}
+    return (given[0] if given else None), rest
+
+
+def _in_id(label: str) -> str:
+    if len(label) <= _LONGEST_LABEL:
+        return label
+    return hashlib.blake2b(label.encode(errors="replace"), digest_size=_DIGEST_BYTES, person=b"label").hexdigest()
 
 
 def _object(raw: bytes) -> dict[str, Any]:
@@ -158,17 +175,39 @@ def _short(digest: bytes) -> int:
     return max(int.from_bytes(digest[:8], "big"), _UNCHECKED + 1)
 
 
+def _label_of(label: str) -> int:
+    """What is kept of a line's own id; 0 where it has none."""
+    if not label:
+        return 0
+    return _short(hashlib.blake2b(label.encode(errors="replace"), digest_size=8, person=b"label").digest())
+
+
 # --- answers ------------------------------------------------------------------------------------------------------
 
 
-def answer(line: Line, outcome: Outcome) -> bytes:
-    """The line that goes into the answer file."""
+def answer(line: Line, outcome: Outcome, run: str) -> bytes:
+    """The line that goes into the answer file of a run."""
     data: dict[str, Any] = {"line": line.number, "id": line.id}
+    if line.custom:
+        data["custom_id"] = line.label
+    if line.label:
+        data |= {"run": run, "digest": line.digest.hex()}
     if isinstance(outcome, FleetError):
         data["error"] = {"type": type(outcome).__name__, "message": outcome.message}
     else:
         data["result"] = vars(outcome)
     return orjson.dumps(data) + b"\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What an answer file says of one line: its number, its own id and digest, the run, and the error it ended with."""
+
+    number: int
+    label: str
+    digest: bytes
+    run: str | None
+    error: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,14 +231,14 @@ def scan(lines: Iterable[bytes], *, drop_errors: bool = False, keep: BinaryIO | 
     for position, raw in enumerate(lines, start=1):
         whole = raw.endswith(b"\n")
         try:
-            number, request_id, error = _parse_answer(raw)
+            answered = _parse_answer(raw)
         except BadRequest as problem:
             if not whole:
                 break
             raise BadRequest(f"line {position} {problem.message}") from None
         end += len(raw)
-        if error is None or not drop_errors:
-            answers.note(number, request_id, error)
+        if answered.error is None or not drop_errors:
+            answers.note(answered)
             if keep is not None:
                 keep.write(raw if whole else raw + b"\n")
         if not whole:
@@ -207,7 +246,7 @@ def scan(lines: Iterable[bytes], *, drop_errors: bool = False, keep: BinaryIO | 
     return Scan(answers, end, unterminated=False)
 
 
-def _parse_answer(raw: bytes) -> tuple[int, str, str | None]:
+def _parse_answer(raw: bytes) -> Answered:
     try:
         data = orjson.loads(raw)
     except orjson.JSONDecodeError:
@@ -215,9 +254,15 @@ def _parse_answer(raw: bytes) -> tuple[int, str, str | None]:
     number = data.get("line") if isinstance(data, dict) else None
     if type(number) is not int or number < 1:
         raise BadRequest("has no line number")
-    if "result" in data:
-        return number, str(data.get("id")), None
-    error = data.get("error")
-    if not isinstance(error, dict):
-        raise BadRequest("has neither a result nor an error")
-    return number, str(data.get("id")), str(error.get("type"))
+    error = None
+    if "result" not in data:
+        if not isinstance(data.get("error"), dict):
+            raise BadRequest("has neither a result nor an error")
+        error = str(data["error"].get("type"))
+    name, digest = str(data.get("id")), str(data.get("digest"))
+    if _DIGEST.fullmatch(digest):
+        return Answered(number, name, bytes.fromhex(digest), str(data.get("run")), error)
+    own = _OWN_ID.fullmatch(name.rpartition("/")[2])
+    if own:
+        return Answered(number, "", bytes.fromhex(own[1]), own[0][:8], error)
+    return Answered(number, name, b"", None, error)

@@ -158,10 +158,8 @@ def run_batch(
     started = time.monotonic()
     summary = Summary(earlier=output.answers.count, errors=Counter(output.answers.errors))
     run = (None if options.retry_errors else output.answers.run) or new_run()
-    lines = read_lines(
-        source, run, model=options.model, kind=options.kind,
-        limit=client.settings.fleet.max_payload_bytes, rename=options.retry_errors,
-    )  # fmt: skip
+    limit = client.settings.fleet.max_payload_bytes
+    lines = read_lines(source, run, model=options.model, kind=options.kind, limit=limit)
     pending = (line for line in lines if not output.answers.has(line))
     open_lines: deque[Line] = deque()
     look_up = LOOKED_UP if output.taken_up and output.answers.run == run else 0
@@ -174,7 +172,7 @@ def run_batch(
     for outcome in client.map(items, window=options.window, errors="yield", timeout=options.timeout):
         if isinstance(outcome, BrokerUnavailable):
             raise outcome
-        output.append(answer(open_lines.popleft(), outcome))
+        output.append(answer(open_lines.popleft(), outcome, run))
         summary.answered += 1
         if isinstance(outcome, FleetError):
             summary.errors[type(outcome).__name__] += 1
@@ -190,7 +188,7 @@ def _items(client: Client, lines: Iterator[Line], open_lines: deque[Line], look_
         item: Item = line.content
         if look_up > 0 and isinstance(item, InferenceRequest):
             # A run that was killed may have left answers with the broker that it had no time to write down.
-            item = client.recover(line.id) or item
+            item = client.recover(item.id) or item
             look_up -= 1
         open_lines.append(line)
         yield item

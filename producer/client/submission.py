@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shared.contract import InferenceRequest
+from shared.errors import BadRequest
 from shared.headers import check_headers
+from shared.identity import LONGEST_ID, id_in_fleet
 
 RequestLike = InferenceRequest | Mapping[str, Any]
 """A request as its caller gives it: a value, or a mapping of its fields."""
@@ -35,6 +37,11 @@ def prepare(request: RequestLike, deadline: float | None, headers_of: HeadersOf 
         request = InferenceRequest.parse(request)
     elif deadline is not None and request.deadline is None:
         request = request.model_copy(update={"deadline": deadline})
+    request_id = id_in_fleet(request.id, request.tenant)
+    if request_id != request.id:
+        if len(request_id) > LONGEST_ID:
+            raise BadRequest(f"id: has more than {LONGEST_ID} characters with the tenant's name in front")
+        request = request.model_copy(update={"id": request_id})
     if headers_of is None:
         return Submission(request)
     headers = dict(headers_of(request))

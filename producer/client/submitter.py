@@ -13,7 +13,8 @@ from shared import keys, wire
 from shared.broker import broker_errors, lua
 from shared.contract import DEFAULT_TENANT, EngineName
 from shared.direct import DirectScript
-from shared.errors import QueueFull, QuotaExceeded
+from shared.errors import IdConflict, QueueFull, QuotaExceeded
+from shared.identity import content_of
 from shared.settings import Settings, TenantSettings
 from shared.signing import Signer
 
@@ -21,6 +22,7 @@ UNKNOWN_WAIT_SECONDS = 1.0
 """When to try again where nothing is known of the rate at which a queue empties."""
 
 LONGEST_WAIT_SECONDS = 60.0
+SHOWN_IDS = 5
 LARGEST_GROUP = 1000
 """Requests for one list that the script looks at together."""
 
@@ -29,7 +31,7 @@ ANYBODY = TenantSettings()
 
 @dataclass(slots=True)
 class _Group:
-    """What goes to one list: ids and messages in turn, and the places of its requests among those that were given."""
+    """What goes to one list: ids, digests and messages in turn, and the places of its requests among those given."""
 
     name: str
     tenant: str
@@ -51,7 +53,8 @@ class Submitter:
     def submit(self, submissions: Sequence[tuple[Submission, EngineName]], sent: float) -> list[bool]:
         """Push all of them or none; ``False`` for one whose id is under way or has its answer.
 
-        Raises :class:`~shared.errors.QueueFull` and :class:`~shared.errors.QuotaExceeded`, which say when to try again,
+        Raises :class:`~shared.errors.IdConflict` where an id stands for another request,
+        :class:`~shared.errors.QueueFull` and :class:`~shared.errors.QuotaExceeded`, which say when to try again,
         :class:`~shared.errors.PayloadTooLarge` and :class:`~shared.errors.BrokerUnavailable`.
         """
         groups: dict[str, _Group] = {}
@@ -65,8 +68,9 @@ class Submitter:
                 group = groups[name] = _Group(name, request.tenant)
                 everything.append(group)
             group.places.append(place)
-            group.arguments += (request.id, wire.encode_request(
-                request, queue, sent=sent, reply=self._reply, max_bytes=self._fleet.max_payload_bytes,
+            content = content_of(request)
+            group.arguments += (request.id, content, wire.encode_request(
+                request, queue, sent=sent, content=content, reply=self._reply, max_bytes=self._fleet.max_payload_bytes,
                 sign=self._sign, headers=submission.headers,
             ))  # fmt: skip
         if not everything:
@@ -77,7 +81,7 @@ class Submitter:
             args += (group.name, *self._rate(group.tenant), len(group.places))
             args += group.arguments
         with broker_errors(fleet, "submit"):
-            answer: Any = self._script(keys=[keys.UNDER_WAY], args=args)
+            answer: Any = self._script(keys=[keys.UNDER_WAY, keys.CONTENTS, keys.CANCELLED], args=args)
         if answer[0] != b"ok":
             raise self._refusal(answer, len(submissions))
         pushed = [False] * len(submissions)
@@ -93,7 +97,14 @@ class Submitter:
         rate = rule.requests_per_second
         return (0, 0) if rate is None else (rate, rule.burst or max(1, int(rate)))
 
-    def _refusal(self, answer: list[Any], count: int) -> QueueFull | QuotaExceeded:
+    def _refusal(self, answer: list[Any], count: int) -> IdConflict | QueueFull | QuotaExceeded:
+        if answer[0] == b"conflict":
+            ids = ", ".join(word.decode() for word in answer[1 : 1 + SHOWN_IDS])
+            more = f" and {len(answer) - 1 - SHOWN_IDS} more" if len(answer) - 1 > SHOWN_IDS else ""
+            return IdConflict(
+                f"{ids}{more}: submitted before with another model, kind, inputs or parameters; give this request "
+                "another id"
+            )
         if answer[0] == b"rate":
             tenant = answer[1].decode() or DEFAULT_TENANT
             retry_after = min(LONGEST_WAIT_SECONDS, answer[2] / 1000)

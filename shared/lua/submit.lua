@@ -1,17 +1,21 @@
 --!include lists
 -- Push new requests, all of them or none: each id once, no queue past its capacity, no tenant past its rate.
 --
--- An id that is under way, or has its answer, is not pushed again. A queue is full at its capacity, by number or by bytes;
+-- An id stands for its content. While it is under way, or has its result, it is not pushed again: the same content is known,
+-- another content is a conflict. A request that failed or was cancelled may be submitted again: its record goes. A queue is full at its capacity, by number or by bytes;
 -- a tenant with less than an equal share of the capacity waiting is let in all the same, so that nobody can fill a queue
 -- against the others: what waits stays under twice the capacity.
 --
--- KEYS[1]   muai:underway  zset request id -> when it was submitted, ms
+-- KEYS[1]   muai:underway   zset request id -> when it was submitted, ms
+-- KEYS[2]   muai:contents   hash request id -> digest of its content, while it is under way
+-- KEYS[3]   muai:cancelled  zset result key -> time of cancellation, ms
 -- ARGV[1]   seconds that a submission is remembered, should nobody ever answer it
 -- ARGV[2]   capacity of a queue, messages
 -- ARGV[3]   capacity of a queue, bytes
 -- ARGV[4+]  for each list: the list; requests a second that its tenant may submit (0: any number) and how many at once;
---           the number of its requests, at most 1000; for each of them its id and its message
+--           the number of its requests, at most 1000; for each of them its id, its content's digest and its message
 -- Returns   { 'ok', one 1 or 0 a request: 0 where it was known }
+--           { 'conflict', ids that stand for another content }
 --           { 'full', queue, messages waiting, ms until there is room (-1: unknown) }
 --           { 'rate', tenant, ms until it may }
 local ttl, capacity, most_bytes = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -21,17 +25,24 @@ local groups, at = {}, 4
 while at <= #ARGV do
   local list, count = ARGV[at], tonumber(ARGV[at + 3])
   local queue, tenant = parts(list)
-  groups[#groups + 1] = { list = list, queue = queue, tenant = tenant, first = at + 4, last = at + 2 + 2 * count,
+  groups[#groups + 1] = { list = list, queue = queue, tenant = tenant, first = at + 4, last = at + 1 + 3 * count,
                           rate = tonumber(ARGV[at + 1]), burst = tonumber(ARGV[at + 2]) }
-  at = at + 4 + 2 * count
+  at = at + 4 + 3 * count
 end
 
 -- Which of a group's requests are new, as places of their ids in ARGV; asked once, of all of them together.
-local seen = {}
+local seen, conflicts, again = {}, {}, {}
+
+-- What a record says: its status, and the digest of what it answers where it has one.
+local function read(record)
+  local start = redis.pcall('GETRANGE', record, 0, 95)
+  if type(start) ~= 'string' then return 'SUCCESS' end -- no text, so no record of ours: it stays
+  return string.match(start, '"status":%s*"(%u+)"') or start ~= '' and 'SUCCESS', string.match(start, '^{"content":"(%x+)"')
+end
+
 local function news(group)
-  if group.news then return group.news end
   local ids, results = {}, {}
-  for i = group.first, group.last, 2 do
+  for i = group.first, group.last, 3 do
     ids[#ids + 1] = ARGV[i]
     results[#results + 1] = 'celery-task-meta-' .. ARGV[i]
   end
@@ -39,13 +50,24 @@ local function news(group)
   local answered = redis.call('EXISTS', unpack(results)) > 0
   local found = {}
   for n, id in ipairs(ids) do
-    if not (under_way[n] or seen[id] or answered and redis.call('EXISTS', results[n]) == 1) then
-      found[#found + 1] = group.first + 2 * (n - 1)
+    local place = group.first + 3 * (n - 1)
+    local content, known = seen[id], true
+    if not content and under_way[n] then
+      content = redis.call('HGET', KEYS[2], id)
+    elseif not content then
+      local status
+      if answered then status, content = read(results[n]) end
+      known = status == 'SUCCESS'
+      if status and not known then again[#again + 1] = results[n] end
     end
-    seen[id] = true
+    if content and content ~= ARGV[place + 1] then
+      conflicts[#conflicts + 1] = id
+    elseif not known then
+      found[#found + 1] = place
+    end
+    seen[id] = ARGV[place + 1]
   end
   group.news = found
-  return found
 end
 
 local steps = { '', '\6\0223', '\6\0226', '\6\0229' }
@@ -70,7 +92,11 @@ local function sharers(queue)
   return count
 end
 
--- 1. Is there room? What this call itself adds is counted by queue.
+-- 1. Does each id stand for what it stood for before?
+for _, group in ipairs(groups) do news(group) end
+if #conflicts > 0 then return { 'conflict', unpack(conflicts, 1, math.min(#conflicts, 100)) } end
+
+-- 2. Is there room? What this call itself adds is counted by queue.
 local adds = {}
 for _, group in ipairs(groups) do
   local queue = group.queue
@@ -82,7 +108,7 @@ for _, group in ipairs(groups) do
     adds[queue] = state_of
   end
   local count, bytes = 0, 0
-  for _, i in ipairs(news(group)) do count, bytes = count + 1, bytes + #ARGV[i + 1] end
+  for _, i in ipairs(group.news) do count, bytes = count + 1, bytes + #ARGV[i + 2] end
   if count > 0 and (state_of.waiting + count > capacity or state_of.bytes + bytes > most_bytes) then
     local share = capacity / sharers(queue)
     local over = math.max(state_of.waiting + count - capacity, (state_of.bytes + bytes - most_bytes) / math.max(1, state_of.bytes) * state_of.waiting)
@@ -94,7 +120,7 @@ for _, group in ipairs(groups) do
   state_of.waiting, state_of.bytes = state_of.waiting + count, state_of.bytes + bytes
 end
 
--- 2. May the tenants? A bucket of tokens each; a call larger than the bucket is let in when it is full, and leaves a debt.
+-- 3. May the tenants? A bucket of tokens each; a call larger than the bucket is let in when it is full, and leaves a debt.
 local buckets = {}
 for _, group in ipairs(groups) do
   if group.rate > 0 then
@@ -106,7 +132,7 @@ for _, group in ipairs(groups) do
       bucket = { tokens = tokens, wanted = 0, group = group }
       buckets[group.tenant] = bucket
     end
-    bucket.wanted = bucket.wanted + #news(group)
+    bucket.wanted = bucket.wanted + #group.news
   end
 end
 for tenant, bucket in pairs(buckets) do
@@ -119,21 +145,32 @@ for tenant, bucket in pairs(buckets) do
   redis.call('EXPIRE', key, math.ceil((group.burst + bucket.wanted) / group.rate) + 60)
 end
 
--- 3. Then they go.
+-- 4. Then they go.
 local out = { 'ok' }
 for _, group in ipairs(groups) do
-  local new, messages, marks, pushed = news(group), {}, {}, {}
-  for _, i in ipairs(new) do
-    messages[#messages + 1] = ARGV[i + 1]
+  local messages, marks, contents, pushed = {}, {}, {}, {}
+  for _, i in ipairs(group.news) do
+    messages[#messages + 1] = ARGV[i + 2]
     marks[#marks + 1] = now
     marks[#marks + 1] = ARGV[i]
+    contents[#contents + 1] = ARGV[i]
+    contents[#contents + 1] = ARGV[i + 1]
     pushed[i] = 1
   end
-  for i = group.first, group.last, 2 do out[#out + 1] = pushed[i] or 0 end
+  for i = group.first, group.last, 3 do out[#out + 1] = pushed[i] or 0 end
   if #messages > 0 then
     redis.call('ZADD', KEYS[1], unpack(marks)) -- the first write: a full broker refuses it
+    redis.call('HSET', KEYS[2], unpack(contents))
     push(group.list, 'L', messages, true)
   end
 end
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - 1000 * ttl)
+if #again > 0 then
+  for _, record in ipairs(again) do redis.call('DEL', record) end
+  redis.call('ZREM', KEYS[3], unpack(again, 1, math.min(#again, 5000)))
+end
+local old = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - 1000 * ttl, 'LIMIT', 0, 1000)
+if #old > 0 then
+  redis.call('ZREM', KEYS[1], unpack(old))
+  redis.call('HDEL', KEYS[2], unpack(old))
+end
 return out

@@ -92,7 +92,8 @@ def test_requests_end_as_they_did(
     assert {task: told(record) for task, record in after.items()} == {
         task: told(record) for task, record in before.items()
     }
-    assert {task: set(record) for task, record in after.items()} == {
+    # What came since is the digest of what was asked; whoever read records before takes no notice of it.
+    assert {task: set(record) - {"content"} for task, record in after.items()} == {
         task: set(record) for task, record in before.items()
     }
     assert not redis_client.exists(*keys.lists_of("fake"))

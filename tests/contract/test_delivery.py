@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 )
 
 from shared import keys, wire
-from shared.errors import EngineError
+from shared.errors import EngineError, IdConflict
 from shared.limits import Limits, LimitsInForce
 from shared.settings import FleetSettings, Settings, TenantSettings
 from tests.support.brokers import MemorySide, RedisSide, Side, cancelled_record
@@ -60,6 +60,14 @@ def leases_of(claim: Claim) -> list[str]:
     return [message.lease for message in claim.messages]
 
 
+def submitted(side: Side, list_name: str, request_id: str, message: bytes, content: str = "") -> bool | None:
+    """Whether a request was pushed; ``None`` where its id stands for another content."""
+    try:
+        return side.submit(list_name, request_id, message, content)
+    except IdConflict:
+        return None
+
+
 # -- examples: what each command promises -----------------------------------------------------------------------------
 
 
@@ -88,6 +96,42 @@ def test_an_id_is_taken_once_while_it_is_under_way_and_when_it_has_its_answer(si
 
     assert not side.submit("fake", "a", b"message")
     assert side.delivery.claim(QUEUE, 5).messages == []
+
+
+def test_an_id_stands_for_its_content(side: Side):
+    """While it is under way, and while its result or its failure is kept, another content is a conflict."""
+    key = keys.result_key("a")
+    for record in (success("a"), wire.failure_meta("a", EngineError("no"), content="11")):
+        assert submitted(side, "fake", "a", b"message", "11")
+        assert submitted(side, "fake", "a", b"another", "22") is None
+        (lease,) = leases_of(side.delivery.claim(QUEUE, 5))
+        assert submitted(side, "fake", "a", b"another", "22") is None
+        side.delivery.settle([Settlement(lease, result_key=key, record=record, request_id="a")])
+        known = b'"content"' in record
+        assert submitted(side, "fake", "a", b"another", "22") is (None if known else False)
+        side.forget("a")
+
+
+def test_what_failed_or_was_cancelled_may_be_submitted_again(side: Side):
+    """Its record goes, and so does the memory of its cancellation: it is run, and has the answer of this time."""
+    key = keys.result_key("a")
+    failure = wire.failure_meta("a", EngineError("no"), content="11")
+    assert submitted(side, "fake", "a", b"message", "11")
+    (lease,) = leases_of(side.delivery.claim(QUEUE, 5))
+    side.delivery.settle([Settlement(lease, result_key=key, record=failure, request_id="a")])
+
+    assert submitted(side, "fake", "a", b"message", "11")
+    assert side.state()["records"] == {}
+    assert side.cancel("a", cancelled_record("a"))
+    assert submitted(side, "fake", "a", b"message", "11") is False  # a worker is still to drop it
+    (lease,) = leases_of(side.delivery.claim(QUEUE, 5))
+    side.delivery.settle([Settlement(lease, result_key=key, record=cancelled_record("a"), request_id="a")])
+    assert submitted(side, "fake", "a", b"message", "22")
+    (lease,) = leases_of(side.delivery.claim(QUEUE, 5))
+    assert side.delivery.cancelled_among(["a"]) == set()
+    written = side.delivery.settle([Settlement(lease, result_key=key, record=success("a"), request_id="a")])
+    assert written == [Written.DONE]
+    assert b"SUCCESS" in side.state()["records"][key]
 
 
 def test_the_first_terminal_record_stands(side: Side):
@@ -166,11 +210,11 @@ def test_an_id_runs_once_at_a_time(side: Side):
     side.submit("fake", "another", b"y")
     first, second = leases_of(side.delivery.claim(QUEUE, 2))
 
-    assert side.delivery.begin([(first, "a"), (second, "a")]) == [Verdict.RUN, Verdict.WAIT]
-    assert side.delivery.begin([(first, "a")]) == [Verdict.RUN]
-    assert side.delivery.begin([(first, "other")]) == [Verdict.WAIT]
+    assert side.delivery.begin([(first, "a", ""), (second, "a", "")]) == [Verdict.RUN, Verdict.WAIT]
+    assert side.delivery.begin([(first, "a", "")]) == [Verdict.RUN]
+    assert side.delivery.begin([(first, "other", "")]) == [Verdict.WAIT]
     side.delivery.settle([Settlement(first, result_key=keys.result_key("a"), record=success("a"))])
-    assert side.delivery.begin([(second, "a")]) == [Verdict.DONE]
+    assert side.delivery.begin([(second, "a", "")]) == [Verdict.DONE]
 
 
 def test_a_delayed_request_that_is_cancelled_comes_back_at_once(side: Side):
@@ -185,7 +229,7 @@ def test_a_delayed_request_that_is_cancelled_comes_back_at_once(side: Side):
     side.delivery.sweep()
 
     (again,) = leases_of(side.delivery.claim(QUEUE, 5))
-    assert side.delivery.begin([(again, "a")]) == [Verdict.REVOKED]
+    assert side.delivery.begin([(again, "a", "")]) == [Verdict.REVOKED]
 
 
 def claimed(side: Side, size: int) -> str:
@@ -286,13 +330,17 @@ class SameOnBoth(RuleBasedStateMachine):
     def share_out(self, places: int) -> None:
         self.both("share_out", places)
 
-    @rule(name=st.sampled_from(NAMES), where=st.sampled_from(LISTS), count=st.integers(1, 9))
-    def submit(self, name: str, where: str, count: int) -> None:
+    @rule(
+        name=st.sampled_from(NAMES), where=st.sampled_from(LISTS), count=st.integers(1, 9),
+        content=st.sampled_from(["", "", "", "other"]),
+    )  # fmt: skip
+    def submit(self, name: str, where: str, count: int, content: str) -> None:
         for number in range(count):
             request_id = f"{name}-{number}"
             message = b"%d-%s" % (self.sent, request_id.encode())
             self.sent += 1
-            assert self.memory.submit(where, request_id, message) == self.real.submit(where, request_id, message)
+            submission = where, request_id, message, content
+            assert submitted(self.memory, *submission) == submitted(self.real, *submission)
 
     @rule(queue=st.sampled_from(["fake", "fake", "onnx"]), limit=st.integers(1, 9))
     def claim(self, queue: str, limit: int) -> None:
@@ -378,7 +426,7 @@ class SameOnBoth(RuleBasedStateMachine):
     @precondition(lambda self: self.leases)
     @rule(picks=st.lists(st.integers(0, 30), min_size=1, max_size=3), name=st.sampled_from([None, *NAMES]))
     def begin(self, picks: list[int], name: str | None) -> None:
-        self.both("begin", [(lease, name or request_id) for lease, request_id in map(self.lease, picks)])
+        self.both("begin", [(lease, name or request_id, "") for lease, request_id in map(self.lease, picks)])
 
     @rule(names=st.lists(st.sampled_from(NAMES), max_size=4))
     def ask_for_cancellations(self, names: list[str]) -> None:

@@ -8,7 +8,7 @@ import redis
 
 from shared import keys, wire
 from shared.broker import lua
-from shared.errors import Cancelled
+from shared.errors import Cancelled, IdConflict
 from shared.limits import LimitsInForce
 from shared.settings import FleetSettings
 from tests.support.clock import ManualClock
@@ -34,11 +34,14 @@ class MemorySide:
         self._broker = MemoryBroker(clock)
         self.delivery = MemoryDelivery(self._broker, fleet, limits)
 
-    def submit(self, list_name: str, request_id: str, message: bytes) -> bool:
-        return self._broker.submit(list_name, request_id, message)
+    def submit(self, list_name: str, request_id: str, message: bytes, content: str = "") -> bool:
+        return self._broker.submit(list_name, request_id, message, content)
 
     def cancel(self, request_id: str, record: bytes) -> bool:
         return self._broker.cancel(request_id, record)
+
+    def forget(self, request_id: str) -> None:
+        del self._broker.records[keys.result_key(request_id)]
 
     def state(self) -> State:
         broker = self._broker
@@ -50,6 +53,7 @@ class MemorySide:
             "dead": [(letter.list_name, letter.reason, letter.message) for letter in broker.dead],
             "cancelled": broker.cancelled,
             "under way": broker.under_way,
+            "contents": broker.contents,
             "in flight": {tenant: count for tenant, count in broker.queues.in_flight.items() if count},
         }
 
@@ -84,10 +88,13 @@ class RedisSide:
     def close(self) -> None:
         self._client.close()
 
-    def submit(self, list_name: str, request_id: str, message: bytes) -> bool:
+    def submit(self, list_name: str, request_id: str, message: bytes, content: str = "") -> bool:
         self._set_clock()
-        terms = [3600, 10_000, 2**30, list_name, 0, 0, 1, request_id, message]
-        return self._submit(keys=[keys.UNDER_WAY], args=terms)[1] == 1
+        terms = [3600, 10_000, 2**30, list_name, 0, 0, 1, request_id, content, message]
+        answer = self._submit(keys=[keys.UNDER_WAY, keys.CONTENTS, keys.CANCELLED], args=terms)
+        if answer[0] == b"conflict":
+            raise IdConflict
+        return answer[1] == 1
 
     def cancel(self, request_id: str, record: bytes) -> bool:
         self._set_clock()
@@ -96,6 +103,9 @@ class RedisSide:
     def _set_clock(self) -> None:
         seconds, micros = divmod(round(self._clock() * 1_000_000), 1_000_000)
         self._client.set(CLOCK, f'["{seconds}", "{micros}"]')
+
+    def forget(self, request_id: str) -> None:
+        self._client.delete(keys.result_key(request_id))
 
     def state(self) -> State:
         client = self._client
@@ -109,6 +119,7 @@ class RedisSide:
         pipe.xrange(keys.DEAD_LETTERS)
         pipe.zrange(keys.CANCELLED, 0, -1, withscores=True)
         pipe.zrange(keys.UNDER_WAY, 0, -1, withscores=True)
+        pipe.hgetall(keys.CONTENTS)
         pipe.hgetall(keys.IN_FLIGHT)
         for name in lists:
             pipe.lrange(name, 0, -1)
@@ -116,7 +127,7 @@ class RedisSide:
             pipe.get(name)
         for name in replies:
             pipe.xrange(name)
-        index, messages, dead, cancelled, under_way, in_flight, *rest = pipe.execute()
+        index, messages, dead, cancelled, under_way, contents, in_flight, *rest = pipe.execute()
         expiries = {lease.decode(): int(expiry) for lease, expiry in index}
         assert expiries.keys() == {lease.decode() for lease in messages}
         stored = {lease.decode(): value.split(b"\n", 1) for lease, value in messages.items()}
@@ -131,6 +142,7 @@ class RedisSide:
             "dead": [(fields[b"list"].decode(), fields[b"reason"].decode(), fields[b"message"]) for _, fields in dead],
             "cancelled": {name.decode(): int(when) for name, when in cancelled},
             "under way": {name.decode(): int(when) for name, when in under_way},
+            "contents": {name.decode(): content.decode() for name, content in contents.items()},
             "in flight": {tenant.decode(): int(count) for tenant, count in in_flight.items()},
         }
 

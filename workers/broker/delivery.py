@@ -152,8 +152,8 @@ class Delivery(Protocol):
     def claim_soon(self, queue: str, limit: int, then: Callable[[Claim], None], lost: Callable[[], None]) -> None:
         """The same, while the loop goes on."""
 
-    def begin(self, messages: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """Whether messages, each a lease and a request id, may run: for those that others than our client have sent."""
+    def begin(self, messages: Sequence[tuple[str, str, str]]) -> list[Verdict]:
+        """Whether messages, each a lease, an id and a content's digest, may run: for those of other senders."""
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Written]:
         """End leases, and write what follows; says what came of each."""
@@ -225,6 +225,7 @@ class RedisDelivery:
         self._lease_ms = int(fleet.lease_seconds * 1000)
         self._settle_keys = [
             keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.DEAD_LETTERS, keys.IN_FLIGHT, keys.UNDER_WAY, keys.DELAYED,
+            keys.CONTENTS,
         ]  # fmt: skip
         self._claim_keys: dict[str, list[str]] = {}
         self._token = token or lease_tokens()
@@ -306,14 +307,15 @@ class RedisDelivery:
         }
         return [orjson.dumps(terms), *payloads]
 
-    def begin(self, messages: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """Whether messages, each a lease and a request id, may run: for those that others than our client have sent."""
+    def begin(self, messages: Sequence[tuple[str, str, str]]) -> list[Verdict]:
+        """Whether messages, each a lease, an id and a content's digest, may run: for those of other senders."""
         if not messages:
             return []
         args: list[str | int] = [self._fleet.result_expires_seconds]
         for message in messages:
             args.extend(message)
-        return [Verdict(word.decode()) for word in self._begin(keys=[keys.LEASE_INDEX, keys.UNDER_WAY], args=args)]
+        names = [keys.LEASE_INDEX, keys.UNDER_WAY, keys.CONTENTS]
+        return [Verdict(word.decode()) for word in self._begin(keys=names, args=args)]
 
     def cancelled_among(self, request_ids: Sequence[str]) -> set[str]:
         """Which of these requests were cancelled."""

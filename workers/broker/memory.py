@@ -138,8 +138,8 @@ class MemoryDelivery:
         patience, quotas = self._limits.now.starvation_limit, self._quotas
         return lambda: self.broker.claim(queue, limit, self._lease_ms, patience, quotas, self.affinity)
 
-    def begin(self, messages: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """Whether messages, each a lease and a request id, may run."""
+    def begin(self, messages: Sequence[tuple[str, str, str]]) -> list[Verdict]:
+        """Whether messages, each a lease, an id and a content's digest, may run."""
         return self._run(lambda: self.broker.begin(messages)) if messages else []
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Written]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import orjson
 
 from shared import keys
+from shared.errors import IdConflict
 from workers.broker.delivery import SAME, SWEEP_LIMIT, Claim, LeasedMessage, Quotas, Settlement, Swept, Verdict, Written
 from workers.broker.memory_queues import MemoryQueues
 
@@ -57,6 +58,7 @@ class MemoryBroker:
         self.cancelled: dict[str, int] = {}
         self.delayed: dict[str, str] = {}
         self.under_way: dict[str, int] = {}
+        self.contents: dict[str, str] = {}
 
     @property
     def now(self) -> int:
@@ -65,11 +67,23 @@ class MemoryBroker:
 
     # -- what a caller does -----------------------------------------------------------------------------------------
 
-    def submit(self, list_name: str, request_id: str, message: bytes) -> bool:
-        """Push a request; ``False`` where its id is under way or has its answer."""
-        if request_id in self.under_way or keys.result_key(request_id) in self.records:
+    def submit(self, list_name: str, request_id: str, message: bytes, content: str = "") -> bool:
+        """Push a request; ``False`` where its id is under way or has its result.
+
+        Raises :class:`~shared.errors.IdConflict` where it stands for another content.
+        """
+        key = keys.result_key(request_id)
+        record = orjson.loads(self.records.get(key, b"{}"))
+        known = request_id in self.under_way or record.get("status") == "SUCCESS"
+        before = self.contents.get(request_id) if request_id in self.under_way else record.get("content")
+        if before is not None and before != content:
+            raise IdConflict
+        if known:
             return False
+        if self.records.pop(key, None):
+            self.cancelled.pop(key, None)
         self.under_way[request_id] = self.now
+        self.contents[request_id] = content
         self.queues.push(list_name, message, front=False)
         return True
 
@@ -107,11 +121,11 @@ class MemoryBroker:
                 self.leases[lease] = Lease(held.list_name, held.message, expiry)
         return leases.keys() - self.leases.keys()
 
-    def begin(self, messages: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """Whether messages, each a lease and a request id, may run, as ``begin.lua`` does."""
-        return [self._verdict(lease, request_id) for lease, request_id in messages]
+    def begin(self, messages: Sequence[tuple[str, str, str]]) -> list[Verdict]:
+        """Whether messages, each a lease, an id and a content's digest, may run, as ``begin.lua`` does."""
+        return [self._verdict(*message) for message in messages]
 
-    def _verdict(self, lease: str, request_id: str) -> Verdict:
+    def _verdict(self, lease: str, request_id: str, content: str) -> Verdict:
         standing = self._standing(keys.result_key(request_id))
         if standing is not None:
             return Verdict.REVOKED if standing is Written.CANCELLED else Verdict.DONE
@@ -121,6 +135,7 @@ class MemoryBroker:
             return Verdict.WAIT
         self._running[request_id] = lease
         self.under_way[request_id] = self.now
+        self.contents[request_id] = content
         return Verdict.RUN
 
     def cancelled_among(self, request_ids: Sequence[str]) -> set[str]:
@@ -153,6 +168,7 @@ class MemoryBroker:
         if it.request_id and not it.push_list and it.due_ms is None:
             self.under_way.pop(it.request_id, None)
             self._running.pop(it.request_id, None)
+            self.contents.pop(it.request_id, None)
         if it.reply and record:
             self.replies[it.reply].append(record)
         if written is Written.CANCELLED and it.push_list:

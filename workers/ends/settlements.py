@@ -23,7 +23,9 @@ def settlement_of(ending: Ending, children: Sequence[Any] = ()) -> Settlement:
 
 def _result(ending: Ending, children: Sequence[Any]) -> Settlement:
     item = ending.item
-    record = wire.success_meta(item.id, ending.encoded, extra=item.record_extra(), children=children)
+    record = wire.success_meta(
+        item.id, ending.encoded, content=item.content, extra=item.record_extra(), children=children
+    )
     return Settlement(item.lease, _result_key(item), record, item.reply, request_id=_id(item))
 
 
@@ -104,7 +106,7 @@ def _told(item: InFlight, error: FleetError | None, status: str, dead_reason: st
         raise ValueError(f"an ending with the status {status} needs its error")
     if not _id(item):
         return Settlement(item.lease, dead_reason=dead_reason)
-    record = wire.failure_meta(item.id, error, status=status, extra=item.record_extra())
+    record = wire.failure_meta(item.id, error, status=status, content=item.content, extra=item.record_extra())
     return Settlement(item.lease, _result_key(item), record, item.reply, dead_reason=dead_reason, request_id=item.id)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from shared import wire
 from shared.errors import FleetError, UndecodableMessage
+from shared.identity import content_of
 from shared.limits import LimitsInForce
 from workers.broker.delivery import Delivery, Verdict
 from workers.broker.errors import BROKER_ERRORS
@@ -92,6 +93,8 @@ class Admission:
         if not later and not read_before:
             self._observers.tell("request_received", item)
         item.request = request = item.validated(args, kwargs)
+        if not item.content:
+            item.content = content_of(request)
         if (ending := self._expiry.unwanted(item, item.claimed)) is not None:
             self._outbox.add(ending)
             return
@@ -120,7 +123,7 @@ class Admission:
         if not asking:
             return
         foreign = [item for item in asking if item.foreign]
-        begun = self._delivery.begin([(item.lease, item.id) for item in foreign])
+        begun = self._delivery.begin([(item.lease, item.id, item.content) for item in foreign])
         verdicts = dict(zip(foreign, begun, strict=True))
         gone = self._delivery.cancelled_among([item.id for item in asking if not item.foreign])
         for item in asking:

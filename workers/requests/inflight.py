@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from shared import wire
 from shared.contract import DEFAULT_TENANT, LATEST, TASK_NAME, Hop, InferenceRequest
 from shared.errors import BadRequest, PayloadTooLarge, UndecodableMessage
+from shared.identity import given_content
 
 HANDLED = frozenset({"v", "hops", "deliveries"})
 """Of what is in our header: our client writes the first, the sweeper and engines that fail the others."""
@@ -62,6 +63,7 @@ class InFlight:
         "attempts",
         "body",
         "claimed",
+        "content",
         "deliveries",
         "embed",
         "eventer",
@@ -109,6 +111,7 @@ class InFlight:
         self.request: InferenceRequest | None = None
         own = wire.own_header(headers)
         self.id = wire.usable_id(headers.get("id")) or wire.usable_id(properties.get("correlation_id")) or lease
+        self.content = given_content(own.get("content"))
         self.reply = wire.reply_of(headers)
         self.foreign = HANDLED.isdisjoint(own)  # others than our own client have sent it, and no worker has handled it
         sent = own.get("sent")

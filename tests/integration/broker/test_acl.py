@@ -116,7 +116,7 @@ REFUSED = {
         *EVERYBODY, "SCAN 0", "SCRIPT FLUSH", "FUNCTION FLUSH", "CLIENT KILL 1", "HGETALL muai:lease:messages",
         "LRANGE fake 0 -1", "RPOP fake", "DEL fake", "UNLINK fake", "SET fake x", "EXPIRE fake 0", "RENAME fake x",
         "LRANGE muai:lane:fake:other 0 -1", "DEL muai:lane:fake:other", "XRANGE muai:dead - +", "XDEL muai:dead 0-1",
-        "DEL celery-task-meta-x", "PSUBSCRIBE celery-task-meta-*", "PUBLISH /0.celery.pidbox x",
+        "PSUBSCRIBE celery-task-meta-*", "PUBLISH /0.celery.pidbox x",
         "PSUBSCRIBE /0.celeryev/*", "GET somebody:elses",
     ),
     "worker": (

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from producer.batch.files import Answers, Line, answer, new_run, read_lines, scan
+from producer.batch.files import Answered, Answers, Line, answer, new_run, read_lines, scan
 from shared.contract import EngineName, InferenceRequest, InferenceResult, Kind
 from shared.errors import BadRequest, EngineError, PayloadTooLarge
 
@@ -26,7 +26,7 @@ def answers_file(count: int, *, failed: tuple[int, ...] = (), run: str = RUN) ->
     """An answer file for ``count`` lines, some of them failed."""
     text = "".join(f'{{"prompt": "p{number}"}}\n' for number in range(1, count + 1))
     return b"".join(
-        answer(line, EngineError("no") if line.number in failed else RESULT) for line in lines_of(text, run)
+        answer(line, EngineError("no") if line.number in failed else RESULT, run) for line in lines_of(text, run)
     )
 
 
@@ -41,7 +41,7 @@ def test_a_line_becomes_a_request():
     assert (bare.content.model, bare.content.kind, bare.content.inputs.prompt) == ("m", Kind.GENERATE, "a")
     assert bare.content.id == bare.id
     assert isinstance(whole.content, InferenceRequest)
-    assert (whole.number, whole.id, whole.content.id, whole.content.model) == (2, "mine", "mine", "x")
+    assert (whole.number, whole.id, whole.content.id, whole.content.model) == (2, "mine", f"{RUN}-mine", "x")
 
 
 @pytest.mark.parametrize(
@@ -120,18 +120,6 @@ def test_ids_follow_from_run_number_and_content():
     assert lines_of('{ "prompt":"a" }')[0].id == first.id
 
 
-def test_own_ids_are_made_new_to_be_tried_again():
-    """A failed request keeps its failure under its id, so another try needs another id."""
-    text = '{"id": "mine", "prompt": "a"}\n{"prompt": "b"}\n'
-
-    mine, derived = lines_of(text, rename=True)
-
-    assert mine.id == f"mine-{RUN}"
-    assert isinstance(mine.content, InferenceRequest)
-    assert mine.content.id == mine.id
-    assert derived.id == lines_of(text)[1].id
-
-
 # --- answers ------------------------------------------------------------------------------------------------------
 
 
@@ -139,7 +127,7 @@ def test_an_answer_names_its_line():
     """A result and an error each become one line of JSON."""
     good, bad = lines_of('{"prompt": "a"}\n{"prompt": "b"}\n')
 
-    first, second = orjson.loads(answer(good, RESULT)), orjson.loads(answer(bad, EngineError("it broke")))
+    first, second = orjson.loads(answer(good, RESULT, RUN)), orjson.loads(answer(bad, EngineError("it broke"), RUN))
 
     assert first["line"] == 1
     assert first["id"] == good.id
@@ -166,17 +154,66 @@ def test_a_changed_input_is_noticed():
     """An answer to another content is never taken for this line's."""
     found = scan(io.BytesIO(answers_file(2)))
 
-    with pytest.raises(BadRequest, match="line 1 is not the line that was answered before"):
+    with pytest.raises(BadRequest, match="line 1 has another content than when it was answered"):
         found.answers.has(lines_of('{"prompt": "changed"}\n')[0])
 
 
-def test_lines_with_own_ids_are_known_by_number():
-    """There is no digest in a user's own id, so the number decides."""
+@pytest.mark.parametrize(
+    ("after", "what"),
+    [
+        ('{"id": "mine", "prompt": "b"}', "another content"),
+        ('{"id": "yours", "prompt": "a"}', "another id"),
+        ('{"prompt": "a"}', "another id"),
+        ('{"id": "yours", "prompt": "b"}', "another id and another content"),
+    ],
+)
+def test_a_line_with_an_id_of_its_own_is_compared_too(after, what):
+    """What has changed is said: the id, the content, or both."""
     (line,) = lines_of('{"id": "mine", "prompt": "a"}')
-    found = scan(io.BytesIO(answer(line, RESULT)))
+    found = scan(io.BytesIO(answer(line, RESULT, RUN)))
+
+    with pytest.raises(BadRequest, match=f"line 1 has {what} than when it was answered"):
+        found.answers.has(lines_of(after)[0])
+    assert found.answers.has(lines_of('{"custom_id": "mine", "prompt": "a"}', run=new_run())[0])
+
+
+def test_lines_with_own_ids_are_known_by_number():
+    """0.1.0 wrote no digest of a line with an id of its own: the number decides."""
+    (line,) = lines_of('{"id": "mine", "prompt": "a"}')
+    found = scan(io.BytesIO(b'{"line": 1, "id": "mine", "result": {}}\n'))
 
     assert found.answers.has(line)
     assert found.answers.run is None
+
+
+@pytest.mark.parametrize("name", ["id", "custom_id"])
+def test_an_own_id_stands_for_the_line_in_its_run_only(name):
+    """Two files whose lines are numbered alike do not get each other's answers; the answer names the line's own id."""
+    text = f'{{"{name}": "1", "prompt": "a"}}'
+    (line,), (other,) = lines_of(text), lines_of(text, run=new_run())
+
+    assert isinstance(line.content, InferenceRequest)
+    assert isinstance(other.content, InferenceRequest)
+    assert line.content.id != other.content.id
+    written = orjson.loads(answer(line, RESULT, RUN))
+    assert (written["id"], written.get("custom_id")) == ("1", "1" if name == "custom_id" else None)
+
+
+def test_long_own_ids_and_tenants_fit_the_id_of_a_request():
+    """A label of any length that an id may have is taken, for a tenant of any name, and those of two lines differ."""
+    tenant = "t" * 64
+    found = lines_of("".join(f'{{"id": "{"x" * 127}{end}", "prompt": "a", "tenant": "{tenant}"}}\n' for end in "ab"))
+
+    ids = {line.content.id for line in found if isinstance(line.content, InferenceRequest)}
+    assert len(ids) == 2
+    assert all(len(name) <= 128 and name.startswith(f"{tenant}/{RUN}-") for name in ids)
+
+
+def test_two_ids_that_differ_are_an_error():
+    (line,) = lines_of('{"id": "a", "custom_id": "b", "prompt": "a"}')
+
+    assert isinstance(line.content, BadRequest)
+    assert "id and custom_id differ" in line.content.message
 
 
 def test_errors_are_dropped_to_be_tried_again():
@@ -224,10 +261,10 @@ def test_other_files_are_refused(content, message):
 
 
 def test_answers_to_distant_lines_take_little_room():
-    """What is remembered of a line is eight bytes."""
+    """What is remembered of a line is sixteen bytes."""
     answers = Answers()
 
-    answers.note(1_000_000, f"{RUN}-{'ab' * 16}", None)
+    answers.note(Answered(1_000_000, "", b"ab" * 8, RUN, None))
 
     assert answers.count == 1
-    assert answers.digests.itemsize * len(answers.digests) == 8_000_000
+    assert sum(kept.itemsize * len(kept) for kept in (answers.digests, answers.labels)) == 16_000_000

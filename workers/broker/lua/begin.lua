@@ -2,8 +2,9 @@
 --
 -- KEYS[1]  muai:lease:index  zset lease id -> expiry, ms
 -- KEYS[2]  muai:underway     zset request id -> when it was submitted, ms
+-- KEYS[3]  muai:contents     hash request id -> digest of its content, while it is under way
 -- ARGV[1]  seconds that a request is remembered as under way, should nobody ever answer it
--- then for each message its lease and its id
+-- then for each message its lease, its id and its content's digest
 -- Returns  one word a message: run, wait (another message of this id is under way) done (it has its answer) or
 --          revoked (it was cancelled)
 redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
@@ -11,8 +12,8 @@ local TERMINAL = { SUCCESS = 'done', FAILURE = 'done', REVOKED = 'revoked' }
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
-local function verdict(lease, id)
-  local record = redis.pcall('GETRANGE', 'celery-task-meta-' .. id, 0, 63)
+local function verdict(lease, id, content)
+  local record = redis.pcall('GETRANGE', 'celery-task-meta-' .. id, 0, 95)
   local ended = type(record) == 'string' and TERMINAL[string.match(record, '"status":%s*"(%u+)"') or '']
   if ended then return ended end
   local holder = redis.call('GET', 'muai:running:' .. id)
@@ -23,9 +24,10 @@ local function verdict(lease, id)
   end
   redis.call('SET', 'muai:running:' .. id, lease, 'EX', ARGV[1])
   redis.call('ZADD', KEYS[2], now, id)
+  redis.call('HSET', KEYS[3], id, content)
   return 'run'
 end
 
 local out = {}
-for i = 2, #ARGV, 2 do out[#out + 1] = verdict(ARGV[i], ARGV[i + 1]) end
+for i = 2, #ARGV, 3 do out[#out + 1] = verdict(ARGV[i], ARGV[i + 1], ARGV[i + 2]) end
 return out

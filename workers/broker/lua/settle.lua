@@ -12,6 +12,7 @@
 -- KEYS[4]  muai:inflight        hash tenant -> leases of messages from its lanes
 -- KEYS[5]  muai:underway        zset request id -> when it was submitted, ms
 -- KEYS[6]  muai:delayed         hash request id -> the lease under which it waits for its time
+-- KEYS[7]  muai:contents        hash request id -> digest of its content, while it is under way
 -- ARGV[1]  JSON: { ttl            seconds that results and reply streams are kept
 --                  dead_capacity  most dead letters kept
 --                  delayed        prefix of delayed leases
@@ -99,6 +100,7 @@ for _, it in ipairs(terms.leases) do written[#written + 1] = settle(it) end
 if #settled > 0 then redis.call('HDEL', KEYS[2], unpack(settled)) end
 if #ended > 0 then
   redis.call('ZREM', KEYS[5], unpack(ended))
+  redis.call('HDEL', KEYS[7], unpack(ended))
   for i, id in ipairs(ended) do ended[i] = 'muai:running:' .. id end
   redis.call('DEL', unpack(ended))
 end
