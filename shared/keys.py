@@ -25,6 +25,8 @@ under ``muai:``.
 ``muai:workers:more``                   the same, what readers of 0.1.0 do not know and would refuse
 ``muai:underway``                       zset request id -> when it was submitted, ms; until it has ended
 ``muai:contents``                       hash request id -> digest of what it asks, while it is under way
+``muai:doubted``                        hash request id -> list and message of what was submitted while it was under way
+``muai:doubting``                       the worker that looks for these
 ``muai:running:<id>``                   the lease under which a message of another sender runs
 ``muai:parity:<digest>``                what PyTorch answers to the parity gate's questions, JSON
 ``muai:gpu:leases``                     zset GPU uuid -> expiry of its lease, ms since the epoch
@@ -53,6 +55,8 @@ IN_FLIGHT: Final = "muai:inflight"
 DEAD_LETTERS: Final = "muai:dead"
 UNDER_WAY: Final = "muai:underway"
 CONTENTS: Final = "muai:contents"
+DOUBTED: Final = "muai:doubted"
+DOUBTING: Final = "muai:doubting"
 CANCELLED: Final = "muai:cancelled"
 DELAYED: Final = "muai:delayed"
 WORKERS_SEEN: Final = "muai:workers:seen"

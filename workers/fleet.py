@@ -35,6 +35,7 @@ from workers.path.intake import Intake, IntakeContext
 from workers.path.runner import BatchRunner, ContinuousRunner, EngineRunner, Event, Finished
 from workers.process.announcing import Announcer, LiveWorkers
 from workers.process.stopping import Stopping
+from workers.routing.doubts import Doubts
 from workers.routing.rescuer import Rescuer
 from workers.routing.sweeper import Sweeper
 
@@ -61,6 +62,7 @@ class Fleet:
         self.observers = Observers([self.events])
         self.settler = Settler(self.delivery, self.leases, self.observers, Canvas(app, self.signer))
         self.sweeper = Sweeper(self.delivery, self.settler, self.limits)
+        self.doubts = Doubts(self.client, self.worker_id)
         self.live = LiveWorkers(self.registry)
         self.rescuer = Rescuer(self.delivery, self.settler, self.limits, settings, self.worker_id, self.live)
         self.announcer = Announcer(

@@ -23,6 +23,7 @@ UNKNOWN_WAIT_SECONDS = 1.0
 
 LONGEST_WAIT_SECONDS = 60.0
 SHOWN_IDS = 5
+SCRIPT_KEYS = (keys.UNDER_WAY, keys.CONTENTS, keys.CANCELLED, keys.DOUBTED)
 LARGEST_GROUP = 1000
 """Requests for one list that the script looks at together."""
 
@@ -81,7 +82,7 @@ class Submitter:
             args += (group.name, *self._rate(group.tenant), len(group.places))
             args += group.arguments
         with broker_errors(fleet, "submit"):
-            answer: Any = self._script(keys=[keys.UNDER_WAY, keys.CONTENTS, keys.CANCELLED], args=args)
+            answer: Any = self._script(keys=SCRIPT_KEYS, args=args)
         if answer[0] != b"ok":
             raise self._refusal(answer, len(submissions))
         pushed = [False] * len(submissions)

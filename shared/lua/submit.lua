@@ -2,13 +2,14 @@
 -- Push new requests, all of them or none: each id once, no queue past its capacity, no tenant past its rate.
 --
 -- An id stands for its content. While it is under way, or has its result, it is not pushed again: the same content is known,
--- another content is a conflict. A request that failed or was cancelled may be submitted again: its record goes. A queue is full at its capacity, by number or by bytes;
+-- another content is a conflict. Whether what should be under way has a message at all is for a worker to look. A request that failed or was cancelled may be submitted again: its record goes. A queue is full at its capacity, by number or by bytes;
 -- a tenant with less than an equal share of the capacity waiting is let in all the same, so that nobody can fill a queue
 -- against the others: what waits stays under twice the capacity.
 --
 -- KEYS[1]   muai:underway   zset request id -> when it was submitted, ms
 -- KEYS[2]   muai:contents   hash request id -> digest of its content, while it is under way
 -- KEYS[3]   muai:cancelled  zset result key -> time of cancellation, ms
+-- KEYS[4]   muai:doubted    hash request id -> list, newline, message: to be looked for
 -- ARGV[1]   seconds that a submission is remembered, should nobody ever answer it
 -- ARGV[2]   capacity of a queue, messages
 -- ARGV[3]   capacity of a queue, bytes
@@ -31,7 +32,7 @@ while at <= #ARGV do
 end
 
 -- Which of a group's requests are new, as places of their ids in ARGV; asked once, of all of them together.
-local seen, conflicts, again = {}, {}, {}
+local seen, conflicts, again, doubted = {}, {}, {}, {}
 
 -- What a record says: its status, and the digest of what it answers where it has one.
 local function read(record)
@@ -54,6 +55,9 @@ local function news(group)
     local content, known = seen[id], true
     if not content and under_way[n] then
       content = redis.call('HGET', KEYS[2], id)
+      if not (answered and redis.call('EXISTS', results[n]) == 1) and not string.find(id, '["\\]') then
+        doubted[#doubted + 1] = { id, group.list .. '\n' .. ARGV[place + 2] }
+      end
     elseif not content then
       local status
       if answered then status, content = read(results[n]) end
@@ -167,6 +171,11 @@ end
 if #again > 0 then
   for _, record in ipairs(again) do redis.call('DEL', record) end
   redis.call('ZREM', KEYS[3], unpack(again, 1, math.min(#again, 5000)))
+end
+for _, entry in ipairs(doubted) do
+  if redis.call('HLEN', KEYS[4]) >= 1000 then break end
+  redis.call('HSET', KEYS[4], unpack(entry))
+  redis.call('EXPIRE', KEYS[4], 3600)
 end
 local old = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - 1000 * ttl, 'LIMIT', 0, 1000)
 if #old > 0 then

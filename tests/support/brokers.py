@@ -91,7 +91,7 @@ class RedisSide:
     def submit(self, list_name: str, request_id: str, message: bytes, content: str = "") -> bool:
         self._set_clock()
         terms = [3600, 10_000, 2**30, list_name, 0, 0, 1, request_id, content, message]
-        answer = self._submit(keys=[keys.UNDER_WAY, keys.CONTENTS, keys.CANCELLED], args=terms)
+        answer = self._submit(keys=[keys.UNDER_WAY, keys.CONTENTS, keys.CANCELLED, keys.DOUBTED], args=terms)
         if answer[0] == b"conflict":
             raise IdConflict
         return answer[1] == 1

@@ -74,6 +74,7 @@ class IntakeStep(bootsteps.StartStopStep):
                 hub.call_later(due + 0.001, fleet.sweeper.sweep)
 
         hub.call_repeatedly(interval, sweep)
+        hub.call_repeatedly(TEND_SECONDS, fleet.doubts.tend)
         hub.call_soon(sweep)
         # After the loop's first turn it consumes, and has subscribed to remote control.
         hub.call_soon(hub.call_soon, fleet.announcer.start)
