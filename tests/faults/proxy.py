@@ -31,10 +31,13 @@ class Mode(Enum):
 
 
 class Proxy:
-    """Stands before ``port`` on loopback while its block lasts. ``pause`` is of the mode DELAY, in seconds."""
+    """Stands before ``port`` on loopback while its block lasts. ``pause`` is of the mode DELAY, in seconds.
+
+    New connections go to ``target``, which may be set to another port.
+    """
 
     def __init__(self, port: int, pause: float = 0.1) -> None:
-        self._target = port
+        self.target = port
         self._pause = pause
         self._mode = Mode.PASS
         self._changed = threading.Condition()
@@ -81,7 +84,7 @@ class Proxy:
             except OSError:
                 return
             try:
-                far = socket.create_connection(("127.0.0.1", self._target), timeout=5)
+                far = socket.create_connection(("127.0.0.1", self.target), timeout=5)
             except OSError:
                 near.close()
                 continue

@@ -80,13 +80,14 @@ class Stage:
 
     Args:
         folder: where the broker's data, the logs and the ledger are; made where it is missing.
+        broker: the broker, where it is not to be a single one; a context manager with a ``url``.
         changes: sections of the configuration, over those of the suite.
     """
 
-    def __init__(self, folder: Path, **changes: Any) -> None:
+    def __init__(self, folder: Path, broker: Any = None, **changes: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.broker = EmbeddedBroker(folder / "broker", append_only=True)
+        self.broker = broker or EmbeddedBroker(folder / "broker", append_only=True)
         self.config = folder / "fleet.yaml"
         self.config.write_text(yaml.safe_dump(merged(merged(FAKE, DEFAULTS), changes)), encoding="utf-8")
         self._stack = ExitStack()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.faults import kills, members, network, soak, stalls, stops
+from tests.faults import failover, kills, members, network, soak, stalls, stops
 from tests.faults.stage import Figure
 
 
@@ -103,6 +103,16 @@ SCENARIOS = {
         network.broker_full,
         full={"seconds": 10.0, "ids": 2000},
         short={"seconds": 2.0, "ids": 100},
+    ),
+    "failover": Scenario(
+        failover.failover,
+        full={"times": 30, "ids": 3000},
+        short={"times": 2, "ids": 200},
+    ),
+    "broker-flushed": Scenario(
+        failover.flushed,
+        full={"times": 5, "ids": 1500},
+        short={"times": 1, "ids": 150},
     ),
     "soak": Scenario(
         soak.soak,

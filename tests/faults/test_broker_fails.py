@@ -10,7 +10,9 @@ from tests.faults.suite import SCENARIOS, missed
 
 
 @pytest.mark.timeout(170)
-@pytest.mark.parametrize("fault", ["broker-killed", "half-open", "broker-frozen", "broker-full"])
+@pytest.mark.parametrize(
+    "fault", ["broker-killed", "half-open", "broker-frozen", "broker-full", "failover", "broker-flushed"]
+)
 def test_a_broker_that_fails(fault: str, tmp_path: Path) -> None:
-    """Killed, silent, frozen and full: who submits is told, the workers come back, every accepted id has one answer."""
+    """Killed, silent, frozen, full, set back, emptied: callers are told, workers come back, each id has one answer."""
     assert missed(SCENARIOS[fault].in_short(tmp_path)) == ""
