@@ -42,7 +42,7 @@ SCENARIOS = {
     "killed-mid-request": Scenario(
         kills.sigkill_mid_request,
         full={"kills": 50, "ids": 1500},
-        short={"kills": 3, "ids": 100, "lease": 3.0},
+        short={"kills": 3, "ids": 100},
     ),
     "killed-asleep": Scenario(
         kills.sigkill_asleep,

@@ -80,14 +80,34 @@ def test_a_deadline_ends_the_lease_of_a_stalled_worker(make_fleet, stalls, redis
     stalled.kill()
 
 
-def test_a_killed_workers_leases_end_with_it(make_fleet, redis_client: redis.Redis) -> None:
-    """After SIGKILL nothing renews them: they expire within one length, and the process that kept them is gone."""
+def test_a_killed_workers_requests_are_answered_by_the_other_at_once(make_fleet, redis_client: redis.Redis) -> None:
+    """After SIGKILL the process beside it gives its leases back, counted, and ends: nobody waits for them to lapse."""
+    fleet = make_fleet(fleet={**FLEET, "lease_seconds": 120.0}, optimization={"fake": {"latency_ms": 1500}})
+    for _ in range(2):
+        fleet.start_worker()
+    handle = fleet.client.submit(ECHO)
+    holder = eventually(lambda: next((one.pid for one in fleet.client.fleet() if one.in_flight), None), what="a holder")
+    killed = next(process for process in fleet.processes if process.pid == holder)
+    keeper = keeper_of(killed)
+
+    killed.kill()
+
+    assert handle.result(30).text == "olleh"
+    eventually(lambda: not keeper.is_running(), what="the end of its process")
+    assert "the worker is gone: the 1 leases it held are given back" in fleet.log(killed)
+    other = next(process for process in fleet.processes if process is not killed)
+    assert "1 expired leases taken over: 1 back in their queues" in fleet.log(other)
+
+
+def test_a_worker_that_dies_with_the_process_beside_it_leaves_its_leases_to_lapse(make_fleet, redis_client) -> None:
+    """As where a machine dies: they expire within one length, and the message is back in its queue."""
     fleet = make_fleet(fleet={**FLEET, "lease_seconds": 3.0}, optimization={"fake": {"latency_ms": 60_000}})
     worker = fleet.start_worker()
     fleet.client.submit(ECHO)
     eventually(lambda: leased(redis_client), what="a lease")
     keeper = keeper_of(worker)
 
+    keeper.kill()
     worker.kill()
     killed = time.time()
 

@@ -1,10 +1,11 @@
 """The process that keeps a worker's leases: ``python -m workers.broker.lease_process``.
 
-:mod:`workers.broker.leases` starts it.
+:mod:`workers.broker.keeping` starts it.
 
 On its standard input it is given its :class:`Terms` as a line of JSON, for a broker's URL may hold a password, and then
 nothing more: the end of the input is the end of the worker. It answers with an empty line once it keeps what the table
-holds, and then with a line for each lease that it finds lost.
+holds, and then with a line for each lease that it finds lost. When the worker is gone, it gives back what the table
+still holds, and ends.
 
 It is small and starts quickly, so it imports nothing of the contract, of Celery or of the engines.
 """
@@ -19,10 +20,11 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from workers.broker.lease_table import LeaseTable
 
@@ -31,8 +33,17 @@ logger = logging.getLogger(__name__)
 AT_ONCE = 512
 """Leases that one command renews."""
 
+LOOK_SECONDS = 1.0
+"""How often the table is looked at, and the worker shown that this process runs."""
+
 RETRY_SECONDS = 1.0
 """How soon it is tried again where leases could not, or were not to be, renewed; with short leases it is sooner."""
+
+LATE_SECONDS = 2.0
+"""How late a look may be on a machine that is busy with other things."""
+
+ANSWERS = 3
+"""Answers of the broker that one command may wait for, where it has to connect first."""
 
 INPUT, OUTPUT = 0, 1
 
@@ -54,67 +65,100 @@ class Terms:
     worker: int
     table: int
 
-
-Renew = Callable[[Sequence[tuple[str, int]]], Sequence[str]]
-"""Renews leases, each no longer than its ms since the epoch (0: no such time); returns those that are lost.
-
-Raises :class:`OSError` where the broker does not do it.
-"""
+    @property
+    def command_seconds(self) -> float:
+        """How long a command may take at the most."""
+        return self.connect_timeout_seconds + ANSWERS * self.socket_timeout_seconds
 
 
-class Renewer:
-    """Renews what the table holds, for as long as the worker lives, runs and gives signs of life."""
+class Broker(Protocol):
+    """What the process asks of the broker. Each raises :class:`OSError` where it is not done."""
 
-    def __init__(self, terms: Terms, table: LeaseTable, renew: Renew) -> None:
+    def renew(self, held: Sequence[tuple[str, int]]) -> Sequence[str]:
+        """Renew leases, each no longer than its ms since the epoch (0: no such time); returns those that are lost."""
+
+    def let_go(self, leases: Sequence[str]) -> int:
+        """Let leases expire now; returns how many there were."""
+
+
+class Keeping:
+    """Renews what the table holds, for as long as the worker lives, runs and gives signs of life; then lets it go."""
+
+    def __init__(self, terms: Terms, table: LeaseTable, broker: Broker) -> None:
         self._terms = terms
         self._table = table
-        self._renew = renew
+        self._broker = broker
         self._interval = terms.lease_seconds / 3
         self._retry = min(RETRY_SECONDS, self._interval / 3)
         self._trouble = ""
+        self._watched = select.poll()
+        self._watched.register(INPUT, select.POLLIN)
+        if hasattr(os, "pidfd_open"):  # else a process that the worker has forked may hold its end of the pipe for long
+            with suppress(OSError):
+                self._watched.register(os.pidfd_open(terms.worker), select.POLLIN)
 
     def run(self) -> None:
         """Renew every third of the lease's length until the worker is gone."""
         _say("")
-        wait = 0.0
-        while not self._worker_ended(wait):
-            started = time.monotonic()
-            kept = self._round()
-            took = time.monotonic() - started
-            if took > self._interval:
-                logger.warning("keeping the leases took %.1f s: the broker is slow", took)
-            wait = max(0.0, self._interval - took) if kept else self._retry
+        due = time.monotonic()
+        while not self._worker_ended(due):
+            if time.monotonic() >= due:
+                due = self._next(self._round())
+        self._let_go()
 
-    def _worker_ended(self, seconds: float) -> bool:
-        """Wait so long; whether the worker ended meanwhile. What it forked may hold its end of the pipe."""
-        poll = select.poll()
-        poll.register(INPUT, select.POLLIN)
-        return bool(poll.poll(math.ceil(seconds * 1000))) or os.getppid() != self._terms.worker
+    def _worker_ended(self, due: float) -> bool:
+        """Wait until ``due``, but not longer than until the next look; whether the worker ended meanwhile."""
+        wait = min(LOOK_SECONDS, max(0.0, due - time.monotonic()))
+        self._table.promise(wait + LATE_SECONDS)
+        return bool(self._watched.poll(math.ceil(wait * 1000))) or os.getppid() != self._terms.worker
 
-    def _round(self) -> bool:
-        """Renew once; ``False`` where it is to be tried again soon."""
+    def _next(self, took: float) -> float:
+        """When to renew next, after a round that took so many seconds."""
+        if self._trouble:
+            return time.monotonic() + self._retry
+        if took > self._interval:
+            logger.warning("keeping the leases took %.1f s: the broker is slow", took)
+        return time.monotonic() + max(0.0, self._interval - took)
+
+    def _round(self) -> float:
+        """Renew once; returns the seconds it took."""
+        started = time.monotonic()
         held = self._table.read()
-        if not held:
-            return True
-        trouble = self._not_to_be_kept()
+        trouble = self._not_to_be_kept() if held else ""
         try:
             for first in range(0, 0 if trouble else len(held), AT_ONCE):
-                for lost in self._renew(held[first : first + AT_ONCE]):
+                self._table.promise(self._terms.command_seconds + LATE_SECONDS)
+                for lost in self._broker.renew(held[first : first + AT_ONCE]):
                     _say(lost)
         except OSError as error:
             trouble = f"cannot keep leases: {error}"
         if trouble and not self._trouble:
             logger.warning("%s (%d held)", trouble, len(held))
         self._trouble = trouble
-        return not trouble
+        return time.monotonic() - started
 
     def _not_to_be_kept(self) -> str:
         """Why the worker's leases are to lapse; empty where they are not."""
-        if _is_stopped(self._terms.worker):
+        if is_stopped(self._terms.worker):
             return "the worker was stopped: its leases lapse"
         if self._table.silent_seconds() > self._terms.stall_seconds:
             return f"the worker gave no sign of life for {self._terms.stall_seconds:.0f} s: its leases lapse"
         return ""
+
+    def _let_go(self) -> None:
+        """The worker is gone: let what it held be taken over now. Where the broker is away, until it has lapsed."""
+        held = [lease for lease, _ in self._table.read()]
+        parts = [held[first : first + AT_ONCE] for first in range(0, len(held), AT_ONCE)]
+        until = time.monotonic() + self._terms.lease_seconds
+        while held and time.monotonic() < until:
+            try:
+                there = sum(self._broker.let_go(part) for part in parts)
+            except OSError as error:
+                logger.warning("the worker is gone; cannot give back its %d leases: %s", len(held), error)
+                time.sleep(self._retry)
+            else:
+                logger.warning("the worker is gone: the %d leases it held are given back", there)
+                return
 
 
 def _say(line: str) -> None:
@@ -123,7 +167,7 @@ def _say(line: str) -> None:
         os.write(OUTPUT, f"{line}\n".encode())
 
 
-def _is_stopped(pid: int) -> bool:
+def is_stopped(pid: int) -> bool:
     """Whether a signal or a debugger has stopped a process; ``False`` where the system does not say."""
     try:
         status = Path(f"/proc/{pid}/stat").read_bytes()
@@ -132,32 +176,48 @@ def _is_stopped(pid: int) -> bool:
     return status.rpartition(b")")[2].split()[0] in (b"T", b"t")
 
 
+class RedisBroker:
+    """The broker over a connection of its own."""
+
+    def __init__(self, terms: Terms) -> None:
+        from shared.broker import connect, lua
+
+        client = connect(terms)
+        self._index = terms.index
+        self._lease_ms = int(terms.lease_seconds * 1000)
+        self._renew = client.register_script(lua("workers.broker", "renew"))
+        self._let_go = client.register_script(lua("workers.broker", "let_go"))
+
+    def renew(self, held: Sequence[tuple[str, int]]) -> list[str]:
+        """Renew leases; returns those that are lost."""
+        words = [word for entry in held for word in entry]
+        return [lease.decode() for lease in self._ask(self._renew, [self._lease_ms, *words])]
+
+    def let_go(self, leases: Sequence[str]) -> int:
+        """Let leases expire now; returns how many there were."""
+        return int(self._ask(self._let_go, leases))
+
+    def _ask(self, script: Any, args: Sequence[str | int]) -> Any:
+        import redis
+
+        try:
+            return script(keys=[self._index], args=args)
+        except redis.RedisError as error:
+            raise ConnectionError(str(error)) from error
+
+
 def main() -> None:
     """Keep leases until the input ends. Signals are the worker's to heed: its leases are kept while it drains."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    import redis
-
-    from shared.broker import connect, lua
-
     logging.basicConfig(format="[%(asctime)s: %(levelname)s/lease-process] %(message)s")
     line = sys.stdin.readline()
     if not line:
         return
     terms = Terms(**json.loads(line))
     os.set_blocking(OUTPUT, False)
-    script = connect(terms).register_script(lua("workers.broker", "renew"))
-    lease_ms = int(terms.lease_seconds * 1000)
-
-    def renew(held: Sequence[tuple[str, int]]) -> list[str]:
-        words = [word for entry in held for word in entry]
-        try:
-            return [lease.decode() for lease in script(keys=[terms.index], args=[lease_ms, *words])]
-        except redis.RedisError as error:
-            raise ConnectionError(str(error)) from error
-
     table = LeaseTable(os.fdopen(terms.table, "r+b", buffering=0))
-    Renewer(terms, table, renew).run()
+    Keeping(terms, table, RedisBroker(terms)).run()
 
 
 if __name__ == "__main__":

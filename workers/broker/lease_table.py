@@ -22,7 +22,10 @@ LONGEST_LEASE = 240
 
 READS = 100
 
-_HEAD = struct.Struct("q")  # the worker's last sign of life, in ns of the machine's steady clock
+# The worker's last sign of life, and when the other process gives its next one at the latest; in ns of the machine's
+# steady clock.
+_SIGN, _PROMISE = struct.Struct("q"), struct.Struct("q")
+_PROMISED = _SIGN.size  # its place
 _SLOT = struct.Struct(f"BIq{LONGEST_LEASE}s")  # length of the lease's id (0: free), checksum, last moment, id
 _FREE = bytes(struct.calcsize("BI"))
 _PRIME = 2**32 - 5  # a checksum starts from a number below 2 ** 32
@@ -70,7 +73,12 @@ class LeaseTable:
 
     def sign(self) -> None:
         """Give a sign of life."""
-        _HEAD.pack_into(self._map, 0, time.monotonic_ns())
+        _SIGN.pack_into(self._map, 0, time.monotonic_ns())
+
+    def overdue_seconds(self) -> float:
+        """How long ago the other process was to give its next sign of life; negative where it is still to come."""
+        (latest,) = _PROMISE.unpack_from(self._map, _PROMISED)
+        return float(time.monotonic_ns() - latest) / 1e9
 
     def write(self, slot: int, lease: str, last_ms: int) -> None:
         """Hold a lease, no longer than ``last_ms`` (ms since the epoch; 0: no such time)."""
@@ -94,8 +102,12 @@ class LeaseTable:
 
     def silent_seconds(self) -> float:
         """How long ago the worker gave its last sign of life."""
-        (last,) = _HEAD.unpack_from(self._map)
+        (last,) = _SIGN.unpack_from(self._map)
         return float(time.monotonic_ns() - last) / 1e9
+
+    def promise(self, seconds: float) -> None:
+        """Say that this process lives, and that it says so again within this time."""
+        _PROMISE.pack_into(self._map, _PROMISED, time.monotonic_ns() + int(seconds * 1e9))
 
     def read(self) -> list[tuple[str, int]]:
         """The leases that are held, each with the ms since the epoch past which it is not to be kept (0: none)."""

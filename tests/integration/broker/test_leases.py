@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,7 +17,9 @@ import redis
 from shared import keys
 from shared.embedded import EmbeddedBroker
 from shared.settings import FleetSettings
+from tests.support.fleet import ROOT
 from tests.support.waiting import eventually
+from workers.broker.keeping import RESTART_SECONDS
 from workers.broker.lease_table import FIRST_SLOTS
 from workers.broker.leases import LeaseKeeper
 
@@ -55,7 +59,7 @@ def expiries(client: redis.Redis) -> dict[str, float]:
 def process_of(keeper: LeaseKeeper) -> psutil.Process | None:
     """The process of a keeper."""
     for child in psutil.Process().children():
-        if child.is_running() and keeper._process is not None and child.pid == keeper._process.pid:
+        if child.is_running() and child.pid == keeper.process.pid:
             return child
     return None
 
@@ -137,9 +141,132 @@ def test_a_process_that_is_killed_is_started_again(make_keeper, redis_client: re
 
     eventually(kept, what="a renewal by another process")
 
-    assert [record.getMessage() for record in caplog.records if record.name == "workers.broker.leases"] == [
-        "the process that keeps leases ended (-9); it is started again"
+    assert [record.getMessage() for record in caplog.records if record.name == "workers.broker.keeping"] == [
+        "the process that keeps leases ended (-9); another is started"
     ]
+
+
+def test_a_process_that_is_frozen_is_replaced_in_time(make_keeper, redis_client: redis.Redis, caplog) -> None:
+    """A SIGSTOP of it is noticed within two looks of the loop, and said; nothing that is held lapses."""
+    keeper = make_keeper(lease_seconds=6)
+    claim(redis_client, "1")
+    keeper.hold("1")
+    time.sleep(RESTART_SECONDS)
+    frozen = process_of(keeper)
+    frozen.suspend()
+    stood = time.monotonic()
+
+    def kept() -> bool:
+        time.sleep(0.1)
+        assert keeper.tend() == set()
+        return process_of(keeper) not in (None, frozen) and expiries(redis_client)["1"] > time.time() * 1000 + 3000
+
+    eventually(kept, what="a renewal by another process")
+
+    assert time.monotonic() - stood < 6
+    assert not frozen.is_running()
+    assert [record.getMessage() for record in caplog.records if record.name == "workers.broker.keeping"] == [
+        "the process that keeps leases stands still (-9); another is started"
+    ]
+
+
+def test_a_process_that_says_nothing_is_replaced(make_keeper, caplog) -> None:
+    """It does not run though nobody has stopped it: it has not done what it does every second."""
+    keeper = make_keeper()
+    first = process_of(keeper)
+    time.sleep(RESTART_SECONDS)
+    keeper.table.promise(-1.0)
+    assert keeper.tend() == set()
+    keeper.table.promise(-1.0)
+
+    assert keeper.tend() == set()
+
+    assert process_of(keeper) not in (None, first)
+
+
+def test_one_that_was_late_once_is_left_alone(make_keeper) -> None:
+    """The loop itself may have stood still as well, as where the machine was suspended."""
+    keeper = make_keeper()
+    first = process_of(keeper)
+    time.sleep(RESTART_SECONDS)
+    keeper.table.promise(-1.0)
+    keeper.tend()
+    keeper.table.promise(1.0)
+    keeper.tend()
+    keeper.table.promise(-1.0)
+    keeper.tend()
+
+    assert process_of(keeper) == first
+
+
+HOLDER = """
+import sys, time
+from shared.settings import FleetSettings
+from workers.broker.leases import LeaseKeeper
+keeper = LeaseKeeper(FleetSettings(redis_url=sys.argv[1], lease_seconds=30))
+for lease in sys.argv[2:]:
+    keeper.hold(lease)
+keeper.release(["released"])
+keeper.wait()
+print(keeper.process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def start_holder(broker: EmbeddedBroker) -> Iterator[Callable[..., tuple[subprocess.Popen[str], psutil.Process]]]:
+    """Starts processes that hold leases: returns each with the process that keeps them."""
+    with ExitStack() as stack:
+
+        def start(*leases: str) -> tuple[subprocess.Popen[str], psutil.Process]:
+            command = [sys.executable, "-c", HOLDER, broker.url, *leases]
+            holder = stack.enter_context(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
+            stack.callback(holder.kill)
+            return holder, psutil.Process(int(holder.stdout.readline()))
+
+        yield start
+
+
+def test_a_dead_workers_leases_are_given_back_at_once(start_holder, redis_client: redis.Redis) -> None:
+    """The process beside it sees it die, lets go what it held and nothing else, and ends."""
+    claimed = claim(redis_client, "1", "2@tenant", "released", "another's") + 29_000
+    redis_client.zadd(keys.LEASE_INDEX, dict.fromkeys(("1", "2@tenant", "released", "another's"), claimed))
+    holder, keeper = start_holder("1", "2@tenant", "released", "settled")
+
+    holder.kill()
+
+    eventually(lambda: not keeper.is_running(), 10, what="the end of its process")
+    after = expiries(redis_client)
+    assert after.keys() == {"1", "2@tenant", "released", "another's"}
+    assert max(after["1"], after["2@tenant"]) <= time.time() * 1000
+    assert after["released"] == after["another's"] == claimed
+
+
+def test_what_its_holder_and_the_process_beside_it_held_lapses(start_holder, redis_client: redis.Redis) -> None:
+    """Where both die together, as with their machine, nobody is there to give anything back."""
+    claimed = claim(redis_client, "1") + 29_000
+    redis_client.zadd(keys.LEASE_INDEX, {"1": claimed})
+    holder, keeper = start_holder("1")
+    keeper.kill()
+    holder.kill()
+    holder.wait()
+
+    eventually(lambda: not keeper.is_running(), 10, what="the end of its process")
+    assert expiries(redis_client)["1"] > time.time() * 1000 + 20_000
+
+
+def test_what_a_closed_keeper_still_held_is_given_back(make_keeper, redis_client: redis.Redis) -> None:
+    """As where the broker was away when its worker stopped."""
+    keeper = make_keeper(lease_seconds=600)
+    claim(redis_client, "1")
+    redis_client.zadd(keys.LEASE_INDEX, {"1": time.time() * 1000 + 600_000})
+    keeper.hold("1")
+    process = process_of(keeper)
+
+    keeper.close()
+
+    eventually(lambda: expiries(redis_client)["1"] <= time.time() * 1000, 10, what="the end of the lease")
+    process.wait(10)
 
 
 def test_signals_are_the_workers_to_heed(make_keeper, redis_client: redis.Redis) -> None:
