@@ -22,6 +22,7 @@ from shared.registry import EngineInfo, WorkerInfo, WorkerRegistry
 from shared.settings import Settings
 from shared.signing import Signer
 from workers.broker.delivery import RedisDelivery
+from workers.broker.lease_ids import LeaseTokens
 from workers.broker.leases import LeaseKeeper
 from workers.devices.devices import Devices
 from workers.ends.canvas import Canvas
@@ -53,8 +54,9 @@ class Fleet:
         self.worker_id = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self.client: redis.Redis = connect(settings.fleet)
         self.limits = LimitsInForce(Limits.of(settings))
-        self.delivery = RedisDelivery(self.client, settings.fleet, self.limits, affinity=self.worker_id)
-        self.leases = LeaseKeeper(settings.fleet)
+        tokens = LeaseTokens()
+        self.delivery = RedisDelivery(self.client, settings.fleet, self.limits, self.worker_id, tokens)
+        self.leases = LeaseKeeper(settings.fleet, tokens.process)
         self.registry = WorkerRegistry(self.client, settings.fleet.silent_after_seconds)
         self.devices = Devices(settings, self.client, self.worker_id)
         self.signer = Signer(settings.fleet.signing_key)
@@ -196,6 +198,7 @@ class Fleet:
     def tend(self) -> None:
         """Show that the loop lives; end what other workers have taken over and what nobody wants. Called often."""
         lost = self.leases.tend(self.delivery.wait)
+        self.delivery.give_back_lost()
         for intake in self.intakes.values():
             if lost:
                 intake.forget(lost)

@@ -40,6 +40,7 @@ class Proxy:
         self.target = port
         self._pause = pause
         self._mode = Mode.PASS
+        self._word, self._times = b"", 0
         self._changed = threading.Condition()
         self._other: dict[socket.socket, socket.socket] = {}
         self._dead: set[socket.socket] = set()
@@ -77,6 +78,21 @@ class Proxy:
                 self._dead.clear()
             self._changed.notify_all()
 
+    def lose(self, word: bytes, times: int) -> None:
+        """The next so many answers with this word in them are lost, and with each its connection."""
+        self._word, self._times = word, times
+
+    @property
+    def to_lose(self) -> int:
+        """How many answers are still to be lost."""
+        return self._times
+
+    def _loses(self, data: bytes) -> bool:
+        with self._changed:
+            lost = self._times > 0 and self._word in data
+            self._times -= lost
+            return lost
+
     def _accept(self) -> None:
         while True:
             try:
@@ -97,15 +113,18 @@ class Proxy:
                 self._other[near], self._other[far] = far, near
                 if self._mode is Mode.SILENT:
                     self._dead.update((near, far))
-            for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=self._pump, args=(source, sink), name="proxy-pump", daemon=True).start()
+            for source, sink, answers in ((near, far, False), (far, near, True)):
+                arguments = source, sink, answers
+                threading.Thread(target=self._pump, args=arguments, name="proxy-pump", daemon=True).start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
         """Carry what comes from one end to the other, until either is closed."""
         while True:
             try:
                 data = source.recv(CHUNK)
             except OSError:
+                data = b""
+            if answers and self._loses(data):
                 data = b""
             with self._changed:
                 self._changed.wait_for(lambda: self._mode is not Mode.FREEZE)

@@ -8,11 +8,9 @@ is no longer ours. So a request gets exactly one terminal record wherever a proc
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from itertools import count
 from typing import Any, Protocol
 
 import orjson
@@ -23,6 +21,8 @@ from shared.broker import lua
 from shared.contract import DEFAULT_TENANT
 from shared.limits import Limits, LimitsInForce
 from shared.settings import FleetSettings, Settings, TenantSettings
+from workers.broker.lease_ids import LeaseTokens
+from workers.broker.lost_claims import LostClaims
 from workers.broker.pipelined import PipelinedScripts
 
 SAME = "="
@@ -193,16 +193,6 @@ def quotas_of(tenants: Mapping[str, TenantSettings], places: int) -> Quotas:
     }  # fmt: skip
 
 
-def lease_tokens() -> Callable[[], str]:
-    """Words that no other process makes, and this one once.
-
-    The broker's counter alone does not make a lease's id unique: after a failover, or a restart without its last
-    writes, it counts again what it counted before, and a lease's old holder would end that of somebody else.
-    """
-    process, calls = secrets.token_hex(5), count()
-    return lambda: f"{process}{next(calls):x}"
-
-
 class RedisDelivery:
     """The scripts over one broker connection pool. From any thread; the loop uses what ends in ``soon``.
 
@@ -228,7 +218,7 @@ class RedisDelivery:
             keys.CONTENTS,
         ]  # fmt: skip
         self._claim_keys: dict[str, list[str]] = {}
-        self._token = token or lease_tokens()
+        self._token = token or LeaseTokens()
         self._client = client
         self.scripts = PipelinedScripts(client)
         self.quotas = ""
@@ -236,6 +226,13 @@ class RedisDelivery:
         self._begin = client.register_script(lua("workers.broker", "begin"))
         self._settle = client.register_script(lua("workers.broker", "settle"))
         self._sweep = client.register_script(lua("workers.broker", "sweep"))
+        claimed = client.register_script(lua("workers.broker", "claimed"))
+        self._lost = LostClaims(
+            lambda tokens: [
+                lease.decode() for lease in claimed(keys=[keys.LEASE_INDEX], args=[self._lease_ms, *tokens])
+            ],
+            fleet.lease_seconds,
+        )
 
     def wait(self) -> None:
         """Take in what has become of all that was sent so far."""
@@ -249,7 +246,11 @@ class RedisDelivery:
     def claim(self, queue: str, limit: int) -> Claim:
         """Lease up to ``limit`` messages of ``queue``, the most urgent and oldest first."""
         names, args = self._claim_terms(queue, limit)
-        return _claim_of(self._claim(keys=names, args=args))
+        try:
+            return _claim_of(self._claim(keys=names, args=args))
+        except redis.RedisError:
+            self._lost.add(str(args[-1]))
+            raise
 
     def claim_soon(
         self,
@@ -261,7 +262,16 @@ class RedisDelivery:
     ) -> None:
         """The same by a pipelined connection, which brings news of the queue's lists once they were found empty."""
         names, args = self._claim_terms(queue, limit)
-        (scripts or self.scripts).run(self._claim, names, args, lambda rows: then(_claim_of(rows)), lost)
+
+        def unanswered() -> None:
+            self._lost.add(str(args[-1]))
+            lost()
+
+        (scripts or self.scripts).run(self._claim, names, args, lambda rows: then(_claim_of(rows)), unanswered)
+
+    def give_back_lost(self) -> None:
+        """Give back what claims have leased whose answers were lost. To be called often; it seldom asks the broker."""
+        self.settle([Settlement.give_back(lease) for lease in reversed(self._lost.leases())])
 
     def pipeline(self) -> PipelinedScripts:
         """A pipelined connection for claims outside the loop."""

@@ -33,10 +33,14 @@ READ_BYTES = 65536
 
 
 class KeepingProcess:
-    """Runs :mod:`workers.broker.lease_process` over ``table``. Used by the consumer's loop only."""
+    """Runs :mod:`workers.broker.lease_process` over ``table``. Used by the consumer's loop only.
 
-    def __init__(self, fleet: FleetSettings, table: LeaseTable) -> None:
+    When this process dies, it gives back the leases that are known by ``token``.
+    """
+
+    def __init__(self, fleet: FleetSettings, table: LeaseTable, token: str) -> None:
         self._fleet = fleet
+        self._token = token
         self._table = table
         self._process: subprocess.Popen[bytes] | None = None
         self._started = float("-inf")
@@ -63,6 +67,7 @@ class KeepingProcess:
             lease_seconds=self._fleet.lease_seconds,
             stall_seconds=self._fleet.stall_seconds,
             index=keys.LEASE_INDEX,
+            token=self._token,
             worker=os.getpid(),
             table=self._table.descriptor,
         )

@@ -4,8 +4,8 @@
 
 On its standard input it is given its :class:`Terms` as a line of JSON, for a broker's URL may hold a password, and then
 nothing more: the end of the input is the end of the worker. It answers with an empty line once it keeps what the table
-holds, and then with a line for each lease that it finds lost. When the worker is gone, it gives back what the table
-still holds, and ends.
+holds, and then with a line for each lease that it finds lost. When the worker is gone, it gives back what that had
+leased, and ends.
 
 It is small and starts quickly, so it imports nothing of the contract, of Celery or of the engines.
 """
@@ -50,7 +50,11 @@ INPUT, OUTPUT = 0, 1
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What the process must know: ``index`` is the leases' key, ``worker`` a process, ``table`` a file's descriptor."""
+    """What the process must know.
+
+    ``index`` is the leases' key, ``token`` what the worker's leases are known by, ``worker`` its process, ``table`` a
+    file's descriptor.
+    """
 
     redis_url: str
     connect_timeout_seconds: float
@@ -62,6 +66,7 @@ class Terms:
     lease_seconds: float
     stall_seconds: float
     index: str
+    token: str
     worker: int
     table: int
 
@@ -77,8 +82,8 @@ class Broker(Protocol):
     def renew(self, held: Sequence[tuple[str, int]]) -> Sequence[str]:
         """Renew leases, each no longer than its ms since the epoch (0: no such time); returns those that are lost."""
 
-    def let_go(self, leases: Sequence[str]) -> int:
-        """Let leases expire now; returns how many there were."""
+    def let_go(self) -> int:
+        """Let all leases of the worker expire now, those of claims under way too; returns how many there were."""
 
 
 class Keeping:
@@ -147,18 +152,15 @@ class Keeping:
 
     def _let_go(self) -> None:
         """The worker is gone: let what it held be taken over now. Where the broker is away, until it has lapsed."""
-        held = [lease for lease, _ in self._table.read()]
-        parts = [held[first : first + AT_ONCE] for first in range(0, len(held), AT_ONCE)]
         until = time.monotonic() + self._terms.lease_seconds
-        while held and time.monotonic() < until:
+        while time.monotonic() < until:
             try:
-                there = sum(self._broker.let_go(part) for part in parts)
-            except OSError as error:
-                logger.warning("the worker is gone; cannot give back its %d leases: %s", len(held), error)
-                time.sleep(self._retry)
-            else:
-                logger.warning("the worker is gone: the %d leases it held are given back", there)
+                if there := self._broker.let_go():
+                    logger.warning("the worker is gone: the %d leases it held are given back", there)
                 return
+            except OSError as error:
+                logger.warning("the worker is gone; cannot give back its leases: %s", error)
+                time.sleep(self._retry)
 
 
 def _say(line: str) -> None:
@@ -183,7 +185,7 @@ class RedisBroker:
         from shared.broker import connect, lua
 
         client = connect(terms)
-        self._index = terms.index
+        self._index, self._token = terms.index, terms.token
         self._lease_ms = int(terms.lease_seconds * 1000)
         self._renew = client.register_script(lua("workers.broker", "renew"))
         self._let_go = client.register_script(lua("workers.broker", "let_go"))
@@ -193,9 +195,9 @@ class RedisBroker:
         words = [word for entry in held for word in entry]
         return [lease.decode() for lease in self._ask(self._renew, [self._lease_ms, *words])]
 
-    def let_go(self, leases: Sequence[str]) -> int:
-        """Let leases expire now; returns how many there were."""
-        return int(self._ask(self._let_go, leases))
+    def let_go(self) -> int:
+        """Let all leases of the worker expire now; returns how many there were."""
+        return int(self._ask(self._let_go, [self._token, self._lease_ms]))
 
     def _ask(self, script: Any, args: Sequence[str | int]) -> Any:
         import redis

@@ -37,13 +37,15 @@ class Leases(Protocol):
 class LeaseKeeper:
     """Keeps what it is told to hold. Used by the consumer's loop only, which is to call :meth:`tend` regularly.
 
+    ``token`` is what the leases of this process are known by (:mod:`workers.broker.lease_ids`).
+
     Leases are kept no longer than this process lives, than it runs (a stopped one's leases lapse), and than
     ``fleet.stall_seconds`` without a sign of life from the loop.
     """
 
-    def __init__(self, fleet: FleetSettings) -> None:
+    def __init__(self, fleet: FleetSettings, token: str) -> None:
         self.table = LeaseTable.create()
-        self.process = KeepingProcess(fleet, self.table)
+        self.process = KeepingProcess(fleet, self.table, token)
         self._slots: dict[str, int] = {}
         self._free: list[int] = []
         self._gone: set[str] = set()

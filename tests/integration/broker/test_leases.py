@@ -24,6 +24,8 @@ from workers.broker.lease_table import FIRST_SLOTS
 from workers.broker.leases import LeaseKeeper
 
 LEASE = 0.9
+MINE = "0123456789"
+"""What the leases of the process under test are known by."""
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def make_keeper(broker: EmbeddedBroker) -> Iterator[Callable[..., LeaseKeeper]]:
     with ExitStack() as stack:
 
         def make(*held: str, **changes: object) -> LeaseKeeper:
-            keeper = LeaseKeeper(FleetSettings(**{"redis_url": broker.url, "lease_seconds": LEASE, **changes}))
+            keeper = LeaseKeeper(FleetSettings(**{"redis_url": broker.url, "lease_seconds": LEASE, **changes}), MINE)
             stack.callback(keeper.close)
             for lease in held:
                 keeper.hold(lease)
@@ -203,10 +205,8 @@ HOLDER = """
 import sys, time
 from shared.settings import FleetSettings
 from workers.broker.leases import LeaseKeeper
-keeper = LeaseKeeper(FleetSettings(redis_url=sys.argv[1], lease_seconds=30))
-for lease in sys.argv[2:]:
-    keeper.hold(lease)
-keeper.release(["released"])
+keeper = LeaseKeeper(FleetSettings(redis_url=sys.argv[1], lease_seconds=30), sys.argv[2])
+keeper.hold("1-abc0")
 keeper.wait()
 print(keeper.process.pid, flush=True)
 time.sleep(600)
@@ -218,8 +218,8 @@ def start_holder(broker: EmbeddedBroker) -> Iterator[Callable[..., tuple[subproc
     """Starts processes that hold leases: returns each with the process that keeps them."""
     with ExitStack() as stack:
 
-        def start(*leases: str) -> tuple[subprocess.Popen[str], psutil.Process]:
-            command = [sys.executable, "-c", HOLDER, broker.url, *leases]
+        def start() -> tuple[subprocess.Popen[str], psutil.Process]:
+            command = [sys.executable, "-c", HOLDER, broker.url, MINE]
             holder = stack.enter_context(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
             stack.callback(holder.kill)
             return holder, psutil.Process(int(holder.stdout.readline()))
@@ -227,46 +227,56 @@ def start_holder(broker: EmbeddedBroker) -> Iterator[Callable[..., tuple[subproc
         yield start
 
 
+def leased_for(client: redis.Redis, seconds: float, *leases: str) -> float:
+    """Lease for so long; returns when the leases expire, in ms since the epoch."""
+    expiry = time.time() * 1000 + seconds * 1000
+    client.zadd(keys.LEASE_INDEX, dict.fromkeys(leases, expiry))
+    return expiry
+
+
 def test_a_dead_workers_leases_are_given_back_at_once(start_holder, redis_client: redis.Redis) -> None:
-    """The process beside it sees it die, lets go what it held and nothing else, and ends."""
-    claimed = claim(redis_client, "1", "2@tenant", "released", "another's") + 29_000
-    redis_client.zadd(keys.LEASE_INDEX, dict.fromkeys(("1", "2@tenant", "released", "another's"), claimed))
-    holder, keeper = start_holder("1", "2@tenant", "released", "settled")
+    """The process beside it sees it die, and lets go all that it had leased, what it did not know of yet as well."""
+    own = (f"1-{MINE}0", f"12-{MINE}4f/tenant")
+    others = ("3", "5-fedcba98760", f"eta:7-{MINE}1", f"eta:8-{MINE}2\nid", f"9/{MINE}")
+    holder, keeper = start_holder()
+    expiry = leased_for(redis_client, 29, *own, *others)
 
     holder.kill()
 
     eventually(lambda: not keeper.is_running(), 10, what="the end of its process")
     after = expiries(redis_client)
-    assert after.keys() == {"1", "2@tenant", "released", "another's"}
-    assert max(after["1"], after["2@tenant"]) <= time.time() * 1000
-    assert after["released"] == after["another's"] == claimed
+    assert after.keys() == {*own, *others}
+    assert all(after[lease] <= time.time() * 1000 for lease in own)
+    assert all(after[lease] == expiry for lease in others)
 
 
 def test_what_its_holder_and_the_process_beside_it_held_lapses(start_holder, redis_client: redis.Redis) -> None:
     """Where both die together, as with their machine, nobody is there to give anything back."""
-    claimed = claim(redis_client, "1") + 29_000
-    redis_client.zadd(keys.LEASE_INDEX, {"1": claimed})
-    holder, keeper = start_holder("1")
+    holder, keeper = start_holder()
+    leased_for(redis_client, 29, f"1-{MINE}0")
     keeper.kill()
     holder.kill()
     holder.wait()
 
     eventually(lambda: not keeper.is_running(), 10, what="the end of its process")
-    assert expiries(redis_client)["1"] > time.time() * 1000 + 20_000
+    assert expiries(redis_client)[f"1-{MINE}0"] > time.time() * 1000 + 10_000
 
 
-def test_what_a_closed_keeper_still_held_is_given_back(make_keeper, redis_client: redis.Redis) -> None:
-    """As where the broker was away when its worker stopped."""
-    keeper = make_keeper(lease_seconds=600)
-    claim(redis_client, "1")
-    redis_client.zadd(keys.LEASE_INDEX, {"1": time.time() * 1000 + 600_000})
-    keeper.hold("1")
-    process = process_of(keeper)
+def test_a_worker_that_dies_without_its_broker_gives_its_leases_back_when_that_returns(
+    tmp_path: Path, make_keeper
+) -> None:
+    """The same where it stops and could not write what it held."""
+    with EmbeddedBroker(tmp_path / "own", append_only=True) as own, redis.Redis.from_url(own.url) as client:
+        leased_for(client, 600, f"1-{MINE}0")
+        keeper = make_keeper(f"1-{MINE}0", redis_url=own.url, lease_seconds=600)
+        process = process_of(keeper)
+        own.kill()
 
-    keeper.close()
+        keeper.close()
+        own.start()
 
-    eventually(lambda: expiries(redis_client)["1"] <= time.time() * 1000, 10, what="the end of the lease")
-    process.wait(10)
+        process.wait(20)
+        assert expiries(client)[f"1-{MINE}0"] <= time.time() * 1000
 
 
 def test_signals_are_the_workers_to_heed(make_keeper, redis_client: redis.Redis) -> None:

@@ -40,7 +40,7 @@ def contents(table: LeaseTable) -> bytes:
 @given(STEPS, st.randoms(use_true_random=False))
 def test_whatever_instant_a_reader_comes_at_it_sees_only_what_was_held(steps, rng: random.Random) -> None:
     """Between two steps it sees what is held; of a step that it sees a part of, what was held before or after it."""
-    keeper, reader = Table(FleetSettings()), LeaseTable.create()
+    keeper, reader = Table(FleetSettings(), ""), LeaseTable.create()
     held: dict[str, int] = {}
     try:
         for verb, lease, deadline in steps:
@@ -70,7 +70,7 @@ def test_whatever_instant_a_reader_comes_at_it_sees_only_what_was_held(steps, rn
 
 def test_a_table_that_is_full_grows_under_its_reader() -> None:
     """A reader that has the table open sees every lease, and each once."""
-    keeper = Table(FleetSettings())
+    keeper = Table(FleetSettings(), "")
     reader = LeaseTable(os.fdopen(os.dup(keeper.table.descriptor), "r+b", buffering=0))
     leases = [str(number) for number in range(5 * FIRST_SLOTS)]
 
@@ -101,7 +101,7 @@ while time.monotonic() < until or not reads:
 
 def test_a_process_that_reads_while_another_writes() -> None:
     """No pair of lease and last moment that it reads was not written."""
-    keeper = Table(FleetSettings())
+    keeper = Table(FleetSettings(), "")
     reader = subprocess.Popen(
         [sys.executable, "-c", READER, str(keeper.table.descriptor)], cwd=ROOT, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, pass_fds=[keeper.table.descriptor], text=True,
