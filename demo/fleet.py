@@ -73,11 +73,14 @@ class LocalFleet:
                 process.wait()
 
     def wait_ready(self, client: Client, queues: Iterable[str]) -> None:
-        """Wait until each queue has a live worker; raise :class:`FleetError` with the log of a process that died."""
+        """Wait until each queue has a worker that takes requests.
+
+        Raises :class:`FleetError` with the log of a process that died.
+        """
         wanted = set(queues)
         deadline = time.monotonic() + READY_SECONDS
         while True:
-            alive = {queue for worker in client.fleet() for queue in worker.queues}
+            alive = {queue for worker in client.fleet() if worker.ready for queue in worker.queues}
             if wanted <= alive:
                 return
             for name, process in self._processes.items():

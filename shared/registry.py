@@ -25,7 +25,7 @@ from shared.broker import lua
 from shared.contract import EngineName, Feature, Kind
 from shared.limits import Limits
 
-AFTER_0_1_0 = {"limits", "quiet_seconds"}
+AFTER_0_1_0 = {"limits", "quiet_seconds", "ready", "loading"}
 """What readers of 0.1.0 do not know: they refuse an announcement that has it, so it is kept beside it."""
 
 
@@ -81,7 +81,8 @@ class WorkerInfo(Announced):
 
     ``gpus`` are the uuids of the GPUs it has leased, ``gpu_problems`` says of those that failed why. ``limits`` are
     those that it keeps to now; ``quiet_seconds`` is, for each engine that runs something, how long ago that has begun
-    or made its last token.
+    or made its last token. ``loading`` is, for each engine that loads one, the model. A worker that is not ``ready``
+    loads what it needs before it takes requests: they may wait for it.
     """
 
     id: str
@@ -95,6 +96,8 @@ class WorkerInfo(Announced):
     gpu_problems: dict[str, str] = {}
     limits: Annotated[Limits | None, WrapValidator(_where_readable)] = None
     quiet_seconds: dict[str, float] = {}
+    ready: bool = True
+    loading: dict[str, str] = {}
     age_ms: int = 0
 
     def serves(self, engine: EngineName, model: str, kind: Kind, features: Collection[Feature] = ()) -> bool:

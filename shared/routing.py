@@ -48,14 +48,18 @@ def choose(
 ) -> EngineName:
     """The first engine of the chain that has a live worker able to serve the request, ``passed`` left out.
 
+    Where none of them takes requests yet, the first whose worker will when it has loaded its models.
+
     Raises :class:`UnknownModel` or :class:`UnsupportedKind` where live workers are there but none has the model or
     answers this kind with it, and :class:`NoEngineAvailable` where no engine of the chain is alive.
     """
     workers = list(workers)
     candidates = [engine for engine in chain(request, settings) if engine not in passed]
-    for engine in candidates:
-        if any(worker.serves(engine, request.model, request.kind, request.features) for worker in workers):
-            return engine
+    for ready in (True, False):
+        there = [worker for worker in workers if worker.ready is ready]
+        for engine in candidates:
+            if any(worker.serves(engine, request.model, request.kind, request.features) for worker in there):
+                return engine
     if not passed:
         _explain_refusal(request, workers)
     names = ", ".join(candidates) or "none"

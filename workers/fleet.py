@@ -18,8 +18,8 @@ from shared.broker import connect
 from shared.contract import EngineName
 from shared.errors import ConfigurationError, MissingDependency
 from shared.limits import Limits, LimitsInForce
-from shared.registry import EngineInfo, WorkerInfo, WorkerRegistry
-from shared.settings import Settings
+from shared.registry import EngineInfo, ServedModel, WorkerInfo, WorkerRegistry
+from shared.settings import ModelSpec, Settings
 from shared.signing import Signer
 from workers.broker.delivery import RedisDelivery
 from workers.broker.lease_ids import LeaseTokens
@@ -78,6 +78,8 @@ class Fleet:
         )  # fmt: skip
         self._app = app
         self._absent: dict[EngineName, str] = {}
+        self._coming: list[EngineName] = []
+        self._ready = False
         self._queues: tuple[str, ...] = ()
         self._started = time.time()
 
@@ -85,6 +87,8 @@ class Fleet:
 
     def serve(self, queues: Iterable[str]) -> None:
         """Load the engines that the queues name, and the models that are to be preloaded.
+
+        The fleet knows of it meanwhile, so that what waits on these queues waits for it.
 
         An engine whose library is not here is announced as such, and its queue left to others.
 
@@ -103,8 +107,11 @@ class Fleet:
             self.settings, self.limits, self.delivery, self.leases, self.observers, self.settler, self.worker_id,
             self.live, self.live.refresh, self.announcer.announce_now, state.revoked, time.time,
         )  # fmt: skip
+        self._coming = list(engines)
+        self.announcer.start()
         for name in engines:
             self._add(name, context)
+        self._coming.clear()
         preload = self.settings.monitoring.server.preload_models
         for runner in self._runners:
             runner.start([model for model in preload if runner.models.declares(model)])
@@ -118,6 +125,12 @@ class Fleet:
         # as long as that takes.
         gc.collect()
         gc.freeze()
+
+    def consuming(self) -> None:
+        """The loop has begun to take requests: say so."""
+        if not self._ready:
+            self._ready = True
+            self.announcer.announce_now()
 
     def _installed(self, engines: Sequence[EngineName]) -> list[EngineName]:
         """Those of the engines whose libraries are here."""
@@ -168,7 +181,17 @@ class Fleet:
                 max_batch_size=runner.models.engine.slots or batch,
                 failed={name: str(error)[:500] for name, error in runner.models.failures().items()},
             )
-            for runner in self._runners
+            for runner in list(self._runners)
+        )
+        known = {info.name for info in engines}
+        engines += tuple(
+            EngineInfo(
+                name=name,
+                features=tuple(sorted(engine_class(name).features)),
+                models={model: ServedModel(kinds=spec.kinds) for model, spec in self._declared(name).items()},
+            )
+            for name in self._coming
+            if name not in known
         )
         engines += tuple(
             EngineInfo(name=name, failed=dict.fromkeys(self._declared(name), reason))
@@ -181,19 +204,25 @@ class Fleet:
             started=self._started,
             queues=self._queues,
             engines=engines,
-            in_flight=sum(intake.in_flight for intake in self.intakes.values()),
+            in_flight=sum(intake.in_flight for intake in list(self.intakes.values())),
             limits=limits,
             quiet_seconds={
                 runner.models.engine.name: seconds
                 for runner in self._runners
                 if (seconds := runner.progress.quiet_seconds()) is not None
             },
+            ready=self._ready,
+            loading={
+                runner.models.engine.name: model
+                for runner in self._runners
+                if (model := runner.models.loading) is not None
+            },
             gpus=self.devices.gpus,
             gpu_problems=self.devices.problems,
         )
 
-    def _declared(self, engine: EngineName) -> list[str]:
-        return [name for name, spec in self.settings.models.catalog.items() if spec.served_by(engine)]
+    def _declared(self, engine: EngineName) -> dict[str, ModelSpec]:
+        return {name: spec for name, spec in self.settings.models.catalog.items() if spec.served_by(engine)}
 
     def tend(self) -> None:
         """Show that the loop lives; end what other workers have taken over and what nobody wants. Called often."""

@@ -17,7 +17,7 @@ from producer.client.dead_letters import DeadLetter
 from producer.client.spool_file import Spooled
 from shared.contract import InferenceResult
 from shared.findings import Finding, Grade
-from shared.registry import WorkerInfo
+from shared.registry import EngineInfo, WorkerInfo
 
 PLAIN_WIDTH = 200
 """Columns where the output is no terminal: a program that reads it wants no broken lines."""
@@ -62,9 +62,9 @@ def status_tables(workers: list[WorkerInfo], lengths: Mapping[str, int]) -> list
         table = _table("worker", "engine", "models (* loaded)", "batch", "in flight", "up", "heartbeat")
         for worker in workers:
             for engine in worker.engines or (None,):
-                models = "-" if engine is None else _models(engine.models, engine.failed)
+                models = "-" if engine is None else _models(engine, worker.loading.get(engine.name))
                 table.add_row(
-                    Text(f"{worker.host}:{worker.pid}"),
+                    Text(f"{worker.host}:{worker.pid}{'' if worker.ready else ' (starting)'}"),
                     Text("-" if engine is None else engine.name.value),
                     models,
                     Text("-" if engine is None else str(engine.max_batch_size)),
@@ -113,9 +113,12 @@ def spool_tables(entries: Sequence[Spooled], total: int) -> list[Table | Text]:
     return [table, *([Text(f"and {more} more: --limit")] if more > 0 else [])]
 
 
-def _models(served: Mapping[str, Any], failed: Mapping[str, str]) -> Text:
-    names = [f"{name}{'*' if model.loaded else ''}" for name, model in served.items()]
-    names += [f"{name} (failed: {reason})" for name, reason in failed.items() if name not in served]
+def _models(engine: EngineInfo, loading: str | None) -> Text:
+    names = [
+        f"{name}{'*' if model.loaded else ' (loading)' if name == loading else ''}"
+        for name, model in engine.models.items()
+    ]
+    names += [f"{name} (failed: {reason})" for name, reason in engine.failed.items() if name not in engine.models]
     return Text(", ".join(names) or "-")
 
 

@@ -100,6 +100,8 @@ def check_workers(workers: Sequence[WorkerInfo], settings: Settings) -> Finding:
         return Finding(Grade.WARN, "workers", "none alive", "celery -A workers worker -Q pytorch")
     served = {name for worker in workers for engine in worker.engines for name in engine.models}
     text = f"{len(workers)} alive, serving {', '.join(sorted(served)) or 'no model'}"
+    if starting := sum(not worker.ready for worker in workers):
+        text += f" ({starting} still loading)"
     failed = {f"{name} ({reason})" for w in workers for e in w.engines for name, reason in e.failed.items()}
     unserved = sorted(set(settings.models.catalog) - served)
     if unserved or failed:

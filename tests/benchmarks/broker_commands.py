@@ -49,5 +49,5 @@ def more_workers(count: int, environ: Mapping[str, str], folder: Path, client: C
         for number in range(count):
             arguments = ["-A", "workers", "worker", "-Q", "fake", "-n", f"more{number}@%h"]
             stack.enter_context(celery_worker(arguments, dict(environ), folder / f"more{number}.log"))
-        wait_for(lambda: len(client.fleet()) == wanted, "the other workers are not there")
+        wait_for(lambda: sum(worker.ready for worker in client.fleet()) == wanted, "the other workers are not there")
         yield

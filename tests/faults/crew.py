@@ -91,7 +91,7 @@ class Crew:
         def missing() -> list[Member]:
             wanted = list(self.running() if members is None else members)
             try:
-                live = {info.pid for info in self._client.fleet()}
+                live = {info.pid for info in self._client.fleet() if info.ready}
             except BrokerUnavailable:
                 return wanted
             return [member for member in wanted if member.pid not in live]

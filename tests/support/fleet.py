@@ -78,12 +78,12 @@ class FleetUnderTest:
         return process
 
     def wait_live(self, process: subprocess.Popen[bytes] | Forked, seconds: float = START_SECONDS) -> WorkerInfo:
-        """Wait until the process is in the registry."""
+        """Wait until the process is in the registry, and takes requests."""
 
         def live() -> WorkerInfo | None:
             if process.poll() is not None:
                 raise AssertionError(f"the worker ended with {process.returncode}:\n{self.log(process)[-3000:]}")
-            return next((worker for worker in self.client.fleet() if worker.pid == process.pid), None)
+            return next((worker for worker in self.client.fleet() if worker.pid == process.pid and worker.ready), None)
 
         return eventually(live, seconds, "the worker's announcement")
 

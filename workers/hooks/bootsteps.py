@@ -58,7 +58,7 @@ class IntakeStep(bootsteps.StartStopStep):
         fleet_of(consumer.app).events.attach(consumer)
 
     def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
-        """The loop is about to run: settle what was left over, sweep every few seconds, let requests be routed here."""
+        """The loop is about to run: settle what was left over, sweep every few seconds, be ready for requests."""
         fleet = fleet_of(consumer.app)
         gc.collect()  # what the connection before needed is half a megabyte of cycles, which nothing else collects soon
         fleet.delivery.scripts.attach(hub)
@@ -77,7 +77,7 @@ class IntakeStep(bootsteps.StartStopStep):
         hub.call_repeatedly(TEND_SECONDS, fleet.doubts.tend)
         hub.call_soon(sweep)
         # After the loop's first turn it consumes, and has subscribed to remote control.
-        hub.call_soon(hub.call_soon, fleet.announcer.start)
+        hub.call_soon(hub.call_soon, fleet.consuming)
 
 
 def strategy(task: Task, app: Any, consumer: Any, **kwargs: Any) -> Any:  # noqa: ARG001  # Celery's signature

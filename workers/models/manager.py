@@ -56,6 +56,8 @@ class ModelManager:
         self._breakers = {name: CircuitBreaker(self._limits.now.breaker) for name in self._catalog}
         self._lock = threading.Lock()
         self._on_tokens: OnTokens | None = None
+        self.loading: str | None = None
+        """The model that is being loaded."""
         self.on_change: Callable[[], None] = lambda: None
         self.on_event: Callable[[ModelEvent], None] = lambda event: None
 
@@ -202,6 +204,7 @@ class ModelManager:
         while len(self._loaded) >= (most := self._limits.now.max_cached):
             self.unload(next(iter(self._loaded)), f"max_cached ({most}) reached")
         started = time.perf_counter()
+        self.loading = spec.name
         try:
             model = self.engine.load(spec)
             try:
@@ -221,6 +224,8 @@ class ModelManager:
             if not on_trial:
                 self.failed(spec.name, failure)
             raise failure from error
+        finally:
+            self.loading = None
         self._loaded[spec.name] = model
         model.on_death = partial(self.failed, spec.name)
         model.on_tokens = self._on_tokens

@@ -142,9 +142,11 @@ class Intake:
             self._execution.pump()
 
     def _has_peer(self) -> bool:
-        """Whether another live worker serves this queue."""
+        """Whether another live worker serves this queue now."""
         me = self._context.worker_id
-        return any(self.queue in worker.queues for worker in self._context.live_workers() if worker.id != me)
+        return any(
+            worker.ready and self.queue in worker.queues for worker in self._context.live_workers() if worker.id != me
+        )
 
     def report(self, event: Event) -> None:
         """The engine's thread says what became of a member or a batch."""

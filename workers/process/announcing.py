@@ -47,7 +47,10 @@ class LiveWorkers:
 
 
 class Announcer:
-    """The thread that does it. ``describe`` says what this worker announces; ``look`` is called after each time."""
+    """The thread that does it.
+
+    ``describe`` says what this worker announces; ``look`` is called after each time, once it takes requests.
+    """
 
     def __init__(
         self,
@@ -102,7 +105,8 @@ class Announcer:
                 self._check_broker()
                 self._live.refresh(time.time())
                 self._delivery.share_out(sum(engine.max_batch_size for w in self._live() for engine in w.engines))
-                self._look(time.monotonic())
+                if info.ready:
+                    self._look(time.monotonic())
             except (redis.RedisError, FleetError, OSError) as error:
                 logger.warning("cannot announce this worker: %s", error)
             self._news.wait(self._fleet.heartbeat_seconds)

@@ -22,7 +22,8 @@ PASS_ON_SECONDS = 0.02
 """How long a request that another worker of the queue must run stays out of reach of this one."""
 
 WAIT_SECONDS = 0.5
-"""How long a request that no engine can serve now waits before it is looked at again, within its deadline."""
+"""How long a request that no engine can serve now waits before it is looked at again: within its deadline, or for as
+long as a worker that can serve it loads its models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +89,9 @@ class Fallback:
         sender, at ``sent`` (seconds since the epoch), went by.
         """
         self._refresh(sent)
-        if self._peer_serves(request):
-            return FallbackDecision(None)
+        peers = self._peers(request)
+        if peers:
+            return FallbackDecision(None, pause=PASS_ON_SECONDS if any(peer.ready for peer in peers) else WAIT_SECONDS)
         error = self._models.failures().get(request.model) if self._models is not None else None
         try:
             return FallbackDecision(self._next(request, hops), error)
@@ -116,12 +118,14 @@ class Fallback:
         left = set(chain(request, self._settings)) - tried(hops)
         return bool(left) and request.deadline is not None and request.deadline > self._clock() + WAIT_SECONDS
 
-    def _peer_serves(self, request: InferenceRequest) -> bool:
-        return any(
-            worker.serves(self.engine, request.model, request.kind, request.features)
+    def _peers(self, request: InferenceRequest) -> list[WorkerInfo]:
+        """The other live workers of this queue that can serve the request, now or when they have loaded."""
+        return [
+            worker
             for worker in self._live_workers()
             if worker.id != self._worker_id
-        )
+            and worker.serves(self.engine, request.model, request.kind, request.features)
+        ]
 
     def _refusal(self, request: InferenceRequest, unavailable: NoEngineAvailable) -> FleetError:
         catalog = self._settings.models.catalog

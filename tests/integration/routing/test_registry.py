@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 
 from shared.errors import NoEngineAvailable
+from shared.registry import WorkerInfo
 from tests.support.requests import ECHO
+from tests.support.shell import muai_says
 from tests.support.waiting import eventually
 
 
@@ -31,6 +34,42 @@ def test_a_silent_worker_disappears_within_ten_seconds(fleet) -> None:
         fleet.client.submit(ECHO)
     os.kill(worker.pid, signal.SIGCONT)
     eventually(lambda: fleet.client.fleet(), what="its return")
+
+
+def test_a_worker_that_loads_is_waited_for(make_fleet) -> None:
+    """It is announced from its start on: requests are taken, its queue is left to it, and it answers them all."""
+    fleet = make_fleet(
+        fleet={"rescue_after_seconds": 0.5, "heartbeat_seconds": 0.2},
+        optimization={"fake": {"load_ms": 6000}},
+        monitoring={"server": {"preload_models": ["echo"]}},
+    )
+    fleet.start_worker("control")
+    worker = fleet.start_worker(wait=False)
+
+    def announced() -> WorkerInfo | None:
+        return next((info for info in fleet.client.fleet() if info.loading), None)
+
+    info = eventually(announced, what="the announcement of a worker that loads")
+    assert (info.pid, info.queues, info.ready, info.loading) == (worker.pid, ("fake",), False, {"fake": "echo"})
+    assert "(starting)" in muai_says(fleet, "status")
+    handles = fleet.client.submit_many([ECHO] * 10)
+    eventually(lambda: time.time() - info.started > 5, what="the time after which a queue without workers is rescued")
+
+    assert [handle.result(60).text for handle in handles] == ["olleh"] * 10
+    assert not any("no live worker" in fleet.log(process) for process in fleet.processes)
+    eventually(lambda: all(one.ready and not one.loading for one in fleet.client.fleet()), what="its being ready")
+
+
+def test_a_worker_that_loads_leaves_at_once_when_it_is_stopped(make_fleet) -> None:
+    """SIGTERM in the middle of its loading."""
+    fleet = make_fleet(optimization={"fake": {"load_ms": 60_000}}, monitoring={"server": {"preload_models": ["echo"]}})
+    worker = fleet.start_worker(wait=False)
+    eventually(lambda: fleet.client.fleet(), what="its announcement")
+
+    worker.terminate()
+
+    assert worker.wait(20) == 0
+    assert fleet.client.fleet() == []
 
 
 def test_a_worker_that_stops_leaves_at_once(fleet) -> None:

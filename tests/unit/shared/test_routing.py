@@ -33,6 +33,15 @@ def test_the_first_live_engine_of_the_preference_is_chosen(alive: set[EngineName
     assert chosen == next(engine for engine in order if engine in alive)
 
 
+def test_workers_that_still_load_are_for_requests_that_nobody_else_takes() -> None:
+    """An engine that takes requests goes before an earlier one that loads; where all load, the first is waited for."""
+    loading, ready = worker(*FLEET[:2], ready=False), worker(FLEET[3])
+
+    assert choose(request(), [loading, ready], SETTINGS) == FLEET[3]
+    assert choose(request(), [loading], SETTINGS) == FLEET[0]
+    assert choose(request(), [loading, ready], SETTINGS, [FLEET[3]]) == FLEET[0]
+
+
 # Feature: advanced-optimization-monitoring, Property 2: what fails goes on to the next engine of the chain
 @given(alive=st.sets(st.sampled_from(FLEET), min_size=1))
 @hypothesis_settings(max_examples=100, deadline=None)
