@@ -411,7 +411,7 @@ class FleetSettings(Section):
     stall_seconds: PositiveSeconds = Field(
         300.0, description="How long a worker whose loop stands still keeps its requests."
     )
-    sweep_seconds: PositiveSeconds = Field(2.0, description="How often expired leases are looked for.")
+    sweep_seconds: PositiveSeconds = Field(1.0, description="How often each worker looks for expired leases.")
     max_deliveries: Positive = Field(3, description="Deliveries after which a request is dead-lettered.")
     queue_capacity: Positive = Field(
         100_000, description="The same where `monitoring.server.queue_capacity` is not set; more are refused."

@@ -30,6 +30,9 @@ SAME = "="
 
 SWEEP_LIMIT = 100
 
+WATCH_SHARE = 0.8
+"""Share of the time between two sweeps of a worker for which it watches for all what is due next."""
+
 COURTESY_SECONDS = 0.5
 """How long a message that one worker should have waits for it before any other may claim it."""
 
@@ -172,7 +175,8 @@ class Delivery(Protocol):
     def sweep(self) -> tuple[float | None, list[Swept]]:
         """Take over expired leases and put due delayed messages back.
 
-        Returns the seconds until the next one is due (``None``: there is none) and what was taken over.
+        Returns the seconds until the next one is due (``None``: there is none, or another worker watches for it) and
+        what was taken over.
         """
 
     def share_out(self, places: int) -> None:
@@ -213,6 +217,7 @@ class RedisDelivery:
         self._limits = limits or LimitsInForce(Limits.of(Settings(fleet=fleet)))
         self.lease_seconds = fleet.lease_seconds
         self._lease_ms = int(fleet.lease_seconds * 1000)
+        self._watch_ms = max(1, int(WATCH_SHARE * fleet.sweep_seconds * 1000))
         self._settle_keys = [
             keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.DEAD_LETTERS, keys.IN_FLIGHT, keys.UNDER_WAY, keys.DELAYED,
             keys.CONTENTS,
@@ -337,10 +342,12 @@ class RedisDelivery:
     def sweep(self) -> tuple[float | None, list[Swept]]:
         """Take over expired leases and put due delayed messages back.
 
-        Returns the seconds until the next one is due (``None``: there is none) and what was taken over.
+        Returns the seconds until the next one is due (``None``: there is none, or another worker watches for it) and
+        what was taken over.
         """
         leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER, keys.DELAYED, keys.CANCELLED]
-        rows = self._sweep(keys=leases, args=[SWEEP_LIMIT, self._lease_ms, keys.DELAYED_PREFIX, self._token()])
+        args = [SWEEP_LIMIT, self._lease_ms, keys.DELAYED_PREFIX, self._token(), self.affinity, self._watch_ms]
+        rows = self._sweep(keys=[*leases, keys.SWEEPING], args=args)
         taken = []
         for lease, stored in zip(rows[1::2], rows[2::2], strict=True):
             name, _, payload = stored.partition(b"\n")

@@ -58,7 +58,7 @@ class IntakeStep(bootsteps.StartStopStep):
         fleet_of(consumer.app).events.attach(consumer)
 
     def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
-        """The loop is about to run: settle what was left over, sweep every few seconds, be ready for requests."""
+        """The loop is about to run: settle what was left over, sweep every second, be ready for requests."""
         fleet = fleet_of(consumer.app)
         gc.collect()  # what the connection before needed is half a megabyte of cycles, which nothing else collects soon
         fleet.delivery.scripts.attach(hub)
@@ -67,11 +67,14 @@ class IntakeStep(bootsteps.StartStopStep):
         for intake in fleet.intakes.values():
             intake.attach(hub)
         interval = fleet.settings.fleet.sweep_seconds
+        again: Any = None
 
         def sweep() -> None:
+            nonlocal again
+            if again is not None:
+                again.cancel()
             due = fleet.sweeper.sweep()
-            if due is not None and due < interval:
-                hub.call_later(due + 0.001, fleet.sweeper.sweep)
+            again = None if due is None or due >= interval else hub.call_later(due + 0.001, sweep)
 
         hub.call_repeatedly(interval, sweep)
         hub.call_repeatedly(TEND_SECONDS, fleet.doubts.tend)

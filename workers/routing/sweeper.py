@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class Sweeper:
-    """Run it every few seconds on every worker's loop; it needs no lock."""
+    """Run it every second on every worker's loop; it needs no lock."""
 
     def __init__(self, delivery: Delivery, settler: Settler, limits: LimitsInForce) -> None:
         self._delivery = delivery
@@ -28,7 +28,7 @@ class Sweeper:
         self._limits = limits
 
     def sweep(self) -> float | None:
-        """Sweep once; returns the seconds until something is due next, ``None`` where nothing is leased or delayed."""
+        """Sweep once; returns the seconds until something is due next, where this worker is to watch for it."""
         next_due, swept = self._delivery.sweep()
         if swept:
             self._end([self.ending_of(message) for message in swept])
