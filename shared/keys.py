@@ -20,6 +20,7 @@ under ``muai:``.
 ``muai:dead``                           stream of dead letters
 ``muai:cancelled``                      zset result key -> time of cancellation, ms
 ``muai:delayed``                        hash request id -> the lease under which it waits for its time
+``muai:released``                       hash list -> the delayed message that came back to it last; for 10 minutes
 ``muai:sweeping``                       the worker that watches for all what is due next, for less than a second
 ``muai:workers:seen``                   zset worker id -> last announcement, ms
 ``muai:workers:info``                   hash worker id -> what the worker announces, JSON
@@ -60,6 +61,7 @@ DOUBTED: Final = "muai:doubted"
 DOUBTING: Final = "muai:doubting"
 CANCELLED: Final = "muai:cancelled"
 DELAYED: Final = "muai:delayed"
+RELEASED: Final = "muai:released"
 SWEEPING: Final = "muai:sweeping"
 WORKERS_SEEN: Final = "muai:workers:seen"
 WORKERS_INFO: Final = "muai:workers:info"

@@ -29,16 +29,12 @@ local function affine_lanes(shared, tenant)
   return 'muai:lanes:' .. shared .. ':' .. tenant
 end
 
--- Put messages on a list: side 'L' is behind everything that waits, 'R' in front of it. The queues of Celery's own are not
--- counted, those of requests are, from the first that is submitted.
-local function push(list, side, messages, submitted)
+-- Messages were put on a list. The queues of Celery's own are not counted, those of requests are, from the first that is
+-- submitted.
+local function counted(list, messages, submitted)
   local queue, tenant, affinity, shared = parts(list)
   local bytes = 0
-  for first = 1, #messages, 1000 do
-    local last = math.min(first + 999, #messages)
-    redis.call(side == 'R' and 'RPUSH' or 'LPUSH', list, unpack(messages, first, last))
-    for i = first, last do bytes = bytes + #messages[i] end
-  end
+  for _, message in ipairs(messages) do bytes = bytes + #message end
   if list ~= shared then
     -- It joins a turn behind the one that is being served: who comes anew each time gets no more than who waits.
     local turn = tonumber(redis.call('HGET', 'muai:queue:' .. queue, 'turn:' .. shared)) or 0
@@ -52,4 +48,13 @@ local function push(list, side, messages, submitted)
   elseif submitted or redis.call('EXISTS', 'muai:queue:' .. queue) == 1 then
     redis.call('HINCRBY', 'muai:queue:' .. queue, 'bytes', bytes)
   end
+end
+
+-- Put messages on a list: side 'L' is behind everything that waits, 'R' in front of it.
+local function push(list, side, messages, submitted)
+  for first = 1, #messages, 1000 do
+    local last = math.min(first + 999, #messages)
+    redis.call(side == 'R' and 'RPUSH' or 'LPUSH', list, unpack(messages, first, last))
+  end
+  counted(list, messages, submitted)
 end

@@ -204,6 +204,79 @@ def test_a_delayed_message_comes_back_in_front_at_its_time(side: Side, clock: Ma
     assert [message.payload for message in side.delivery.claim(QUEUE, 5).messages] == [b"first", b"second"]
 
 
+def waits(side: Side, due: dict[str, float], *, queue: str = "fake") -> None:
+    """Submit and claim these, each of which is to wait until its time, in ms from now."""
+    for name in due:
+        side.submit(queue, name, name.encode())
+    now = side.now_ms()
+    claim = side.delivery.claim(queue, len(due))
+    side.delivery.settle(
+        [
+            Settlement(message.lease, due_ms=now + due[message.payload.decode()], request_id=message.payload.decode())
+            for message in claim.messages
+        ]
+    )
+
+
+def drained(side: Side, queue: str = QUEUE) -> list[str]:
+    """The names of all messages in the order in which they are claimed."""
+    return [message.payload.decode() for message in side.delivery.claim(queue, 100_000).messages]
+
+
+def test_delayed_messages_that_are_due_together_come_back_in_their_order(side: Side, clock: ManualClock):
+    """By their times, to the fraction of a millisecond; those of the same time as they were claimed."""
+    waits(side, {f"r{number}": 500 for number in range(12)} | {"sooner": 499.75, "later": 500.25})
+    side.submit("fake", "younger", b"younger")
+    clock.advance(0.501)
+    side.delivery.sweep()
+
+    assert drained(side) == ["sooner", *(f"r{number}" for number in range(12)), "later", "younger"]
+
+
+def test_a_delayed_message_comes_back_behind_those_that_came_back_before_it(side: Side, clock: ManualClock):
+    """Also where some of those were claimed meanwhile, and where all of them were."""
+    waits(side, {"a": 100, "b": 100, "c": 200, "d": 300, "e": 400})
+    side.submit("fake", "younger", b"younger")
+    for _ in range(3):
+        clock.advance(0.1)
+        side.delivery.sweep()
+    (first,) = side.delivery.claim(QUEUE, 1).messages
+    side.delivery.settle([Settlement.give_back(first.lease)])
+    assert [message.payload for message in side.delivery.claim(QUEUE, 4).messages] == [b"a", b"b", b"c", b"d"]
+    clock.advance(0.1)
+    side.delivery.sweep()
+
+    assert drained(side) == ["e", "younger"]
+
+
+def test_each_list_has_its_own_order(side: Side, clock: ManualClock):
+    """Priorities and lanes are kept."""
+    urgent, lane = keys.list_of(QUEUE, 0), keys.list_of(QUEUE, 0, "acme")
+    waits(side, {"a": 100, "b": 100}, queue=QUEUE)
+    for name, where in (("u", urgent), ("v", lane)):
+        side.submit(where, name, name.encode())
+    claim = side.delivery.claim(QUEUE, 9)
+    side.delivery.settle([Settlement(one.lease, due_ms=side.now_ms() + 50) for one in claim.messages])
+    clock.advance(0.1)
+    side.delivery.sweep()
+
+    assert side.state()["lists"] == {"fake": [b"u", b"a", b"b"], lane: [b"v"]}
+
+
+def test_expired_leases_are_taken_over_in_the_order_of_their_claims(side: Side, clock: ManualClock):
+    """And before what was delayed is looked at: of that there may be much."""
+    names = [f"r{number}" for number in range(12)]
+    waits(side, {"delayed": 0})
+    for name in names:
+        side.submit("fake", name, name.encode())
+    side.delivery.claim(QUEUE, len(names))
+    clock.advance(LEASE)
+    _, swept = side.delivery.sweep()
+
+    assert [one.payload.decode() for one in swept] == names
+    assert side.state()["lists"] == {"fake": [b"delayed"]}
+
+
 def test_an_id_runs_once_at_a_time(side: Side):
     """A second message of an id waits while the first has its lease, and is done when that has its answer."""
     side.submit("fake", "other", b"x")

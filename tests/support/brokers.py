@@ -43,6 +43,10 @@ class MemorySide:
     def forget(self, request_id: str) -> None:
         del self._broker.records[keys.result_key(request_id)]
 
+    def now_ms(self) -> int:
+        """The broker's clock, in ms."""
+        return self._broker.now
+
     def state(self) -> State:
         broker = self._broker
         return {
@@ -106,6 +110,10 @@ class RedisSide:
 
     def forget(self, request_id: str) -> None:
         self._client.delete(keys.result_key(request_id))
+
+    def now_ms(self) -> int:
+        """The broker's clock, in ms."""
+        return round(self._clock() * 1000)
 
     def state(self) -> State:
         client = self._client

@@ -28,7 +28,8 @@ from workers.broker.pipelined import PipelinedScripts
 SAME = "="
 """In an outcome: the list or the message as it was claimed."""
 
-SWEEP_LIMIT = 100
+SWEEP_LIMIT = 1000
+"""Expired leases that one sweep takes over."""
 
 WATCH_SHARE = 0.8
 """Share of the time between two sweeps of a worker for which it watches for all what is due next."""
@@ -76,7 +77,7 @@ class Settlement:
     push_message: bytes | str = ""
     push_front: bool = False
     dead_reason: str = ""
-    due_ms: int | None = None
+    due_ms: float | None = None
     request_id: str = ""
 
     @classmethod
@@ -137,6 +138,12 @@ class Swept:
     lease: str
     list_name: str
     payload: bytes
+
+
+def lease_order(lease: str) -> int:
+    """Sorts leases, and what waits under them, in the order in which they were made: their names begin with a counter."""
+    number = lease.removeprefix(keys.DELAYED_PREFIX).partition("-")[0]
+    return int(number) if number.isdecimal() else 0
 
 
 class Delivery(Protocol):
@@ -347,7 +354,7 @@ class RedisDelivery:
         """
         leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER, keys.DELAYED, keys.CANCELLED]
         args = [SWEEP_LIMIT, self._lease_ms, keys.DELAYED_PREFIX, self._token(), self.affinity, self._watch_ms]
-        rows = self._sweep(keys=[*leases, keys.SWEEPING], args=args)
+        rows = self._sweep(keys=[*leases, keys.SWEEPING, keys.RELEASED], args=args)
         taken = []
         for lease, stored in zip(rows[1::2], rows[2::2], strict=True):
             name, _, payload = stored.partition(b"\n")

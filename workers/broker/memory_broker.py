@@ -10,7 +10,18 @@ import orjson
 
 from shared import keys
 from shared.errors import IdConflict
-from workers.broker.delivery import SAME, SWEEP_LIMIT, Claim, LeasedMessage, Quotas, Settlement, Swept, Verdict, Written
+from workers.broker.delivery import (
+    SAME,
+    SWEEP_LIMIT,
+    Claim,
+    LeasedMessage,
+    Quotas,
+    Settlement,
+    Swept,
+    Verdict,
+    Written,
+    lease_order,
+)
 from workers.broker.memory_queues import MemoryQueues
 
 STANDS: Mapping[str, Written] = {
@@ -30,7 +41,7 @@ class Lease:
 
     list_name: str
     message: bytes
-    expiry: int
+    expiry: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,17 +199,20 @@ class MemoryBroker:
         for request_id in [one for one in self.delayed if keys.result_key(one) in self.cancelled]:
             lease = self.leases[self.delayed[request_id]]
             self.leases[self.delayed[request_id]] = Lease(lease.list_name, lease.message, self.now)
-        due = sorted((lease.expiry, name) for name, lease in self.leases.items() if lease.expiry <= self.now)
+        due = [name for name, lease in self.leases.items() if lease.expiry <= self.now]
+        delayed = [name for name in due if name.startswith(keys.DELAYED_PREFIX)]
         taken = []
-        for _, name in due[:SWEEP_LIMIT]:
+        for name in sorted(set(due) - set(delayed), key=lease_order)[-SWEEP_LIMIT:]:
+            lease, mine = self.leases.pop(name), self._next_lease(name.partition("/")[2])
+            self.leases[mine] = Lease(lease.list_name, lease.message, self.now + lease_ms)
+            taken.append(Swept(mine, lease.list_name, lease.message))
+        released = defaultdict[str, list[bytes]](list)
+        for name in sorted(delayed, key=lambda name: (self.leases[name].expiry, lease_order(name))):
             lease = self.leases.pop(name)
-            if name.startswith(keys.DELAYED_PREFIX):
-                self.delayed = {one: held for one, held in self.delayed.items() if held != name}
-                self.queues.push(lease.list_name, lease.message, front=True)
-            else:
-                mine = self._next_lease(name.partition("/")[2])
-                self.leases[mine] = Lease(lease.list_name, lease.message, self.now + lease_ms)
-                taken.append(Swept(mine, lease.list_name, lease.message))
+            self.delayed = {one: held for one, held in self.delayed.items() if held != name}
+            released[lease.list_name].append(lease.message)
+        for list_name, messages in released.items():
+            self.queues.release(list_name, messages)
         following = min((lease.expiry for lease in self.leases.values()), default=None)
         return None if following is None else max(0, following - self.now) / 1000, taken
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from shared import keys
@@ -58,7 +58,20 @@ class MemoryQueues:
         self._lanes: defaultdict[str, dict[str, float]] = defaultdict(dict)  # shared list -> tenant -> its turn
         self._turns: defaultdict[str, float] = defaultdict(float)  # shared list -> the turn that was served last
         self._passed: defaultdict[str, int] = defaultdict(int)  # shared list -> more urgent ones claimed since its turn
+        self._released: dict[str, bytes] = {}  # list -> the delayed message that came back to it last
         self.in_flight: Counter[str] = Counter()
+
+    def release(self, name: str, messages: Sequence[bytes]) -> None:
+        """Put delayed messages, the oldest first, in front of what waits, but behind those that came back before."""
+        waiting, last = self._lists[name], self._released.get(name)
+        ahead = list[bytes]()
+        if last is not None and last in waiting:
+            while not ahead or ahead[-1] != last:
+                ahead.append(waiting.pop())
+        for message in reversed(messages):
+            self.push(name, message, front=True)
+        waiting.extend(reversed(ahead))
+        self._released[name] = messages[-1]
 
     def push(self, name: str, message: bytes, *, front: bool) -> None:
         """Put a message on a list: in front of everything that waits, or behind it."""

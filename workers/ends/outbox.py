@@ -8,7 +8,7 @@ from functools import partial
 
 from workers.broker.delivery import Settlement, Written
 from workers.broker.errors import BROKER_ERRORS
-from workers.ends.settler import Settler
+from workers.ends.settler import Settler, oldest_in_front
 from workers.requests.ending import FINAL, Ending
 from workers.requests.inflight import State
 from workers.requests.table import RequestTable
@@ -43,6 +43,8 @@ class Outbox:
         The loop takes in later what has become of them, unless it is to ``wait``. A canvas is told once, however often
         the writing is tried.
         """
+        if len(self._decided) > 1:
+            self._decided = deque(oldest_in_front(self._decided))
         while self._decided or self._prepared:
             self._prepare()
             self._send()

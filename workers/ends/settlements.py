@@ -71,7 +71,7 @@ def _hop(ending: Ending, _: Sequence[Any]) -> Settlement:
 
 def _delay(ending: Ending, _: Sequence[Any]) -> Settlement:
     item = ending.item
-    return Settlement(item.lease, due_ms=int(ending.at * 1000), request_id=_id(item))
+    return Settlement(item.lease, due_ms=round(ending.at * 1000, 3), request_id=_id(item))
 
 
 def _give_back(ending: Ending, _: Sequence[Any]) -> Settlement:

@@ -8,22 +8,31 @@ comes to is in one table in ``docs/life-of-a-request.md``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from traceback import format_tb
 
 from kombu.exceptions import OperationalError
 
 from shared.errors import EngineError
-from workers.broker.delivery import Delivery, Settlement, Written
+from workers.broker.delivery import Delivery, Settlement, Written, lease_order
 from workers.broker.errors import BROKER_ERRORS, refused
 from workers.broker.leases import Leases
 from workers.ends.canvas import Canvas
 from workers.ends.settlements import settlement_of
 from workers.observe.observers import Observers
-from workers.requests.ending import FINAL, Ending
+from workers.requests.ending import FINAL, FRONT, Ending
 from workers.requests.inflight import InFlight
 
 logger = logging.getLogger(__name__)
+
+
+def oldest_in_front(endings: Iterable[Ending]) -> list[Ending]:
+    """The order in which these are to be written: of what goes to the front of a list, the oldest last."""
+    others, back = list[Ending](), list[Ending]()
+    for ending in endings:
+        (back if ending.end in FRONT else others).append(ending)
+    back.sort(key=lambda ending: (ending.item.claimed, lease_order(ending.item.lease)), reverse=True)
+    return [*others, *back]
 
 
 class Settler:

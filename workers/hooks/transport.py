@@ -117,7 +117,7 @@ class LeaseQoS(kombu_redis.virtual.QoS):
             return
         self.channel.leases.release(open_leases)
         try:
-            self.channel.delivery.settle([Settlement.give_back(lease) for lease in open_leases])
+            self.channel.delivery.settle([Settlement.give_back(lease) for lease in reversed(open_leases)])
         except self.channel.connection_errors as error:
             logger.warning("%d messages stay leased until their leases expire: %s", len(open_leases), error)
 

@@ -186,7 +186,7 @@ class Execution:
 
     def put_back(self, items: Sequence[InFlight]) -> None:
         """Return these to the front of the queue, in the order in which they came."""
-        for item in reversed(items):
+        for item in items:
             self._outbox.add(Ending.given_back(item))
 
     def ended(self, batch: Batch[InFlight], seconds: float) -> None:

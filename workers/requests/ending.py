@@ -42,6 +42,9 @@ class End(StrEnum):
 FINAL = frozenset({End.RESULT, End.FAILURE, End.CANCEL, End.EXPIRY, End.DEAD_LETTER, End.REFUSAL})
 """The ends after which nothing more comes: whoever waits on the request is told."""
 
+FRONT = frozenset({End.HOP, End.GIVE_BACK})
+"""The ends after which the message goes to the front of a list."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ending:

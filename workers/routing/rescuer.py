@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from shared import keys, wire
@@ -16,23 +17,25 @@ from shared.errors import BadRequest, DeadlineExceeded, EngineOutage, FleetError
 from shared.limits import LimitsInForce
 from shared.registry import WorkerInfo
 from shared.settings import Settings
-from workers.broker.delivery import Delivery, LeasedMessage
-from workers.ends.settler import Settler
+from workers.broker.delivery import Delivery, LeasedMessage, Settlement, lease_order
+from workers.broker.errors import BROKER_ERRORS
+from workers.ends.settler import Settler, oldest_in_front
 from workers.requests.ending import Ending
 from workers.requests.inflight import InFlight
 from workers.routing.fallback import Fallback, ending_of
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = 32
-"""Messages that are claimed together: nobody keeps their leases, so they are to end soon."""
-MOST = 4096
-"""Messages that one look moves."""
+AT_ONCE = 128
+"""Messages that are claimed, or ended, together."""
+MOST, MOST_BYTES = 2048, 32 * 1024 * 1024
+"""What one look moves, about: nobody keeps the leases, so they are to end soon."""
 
 
 class Rescuer:
-    """Run it at every heartbeat of every worker: claims are atomic, so it needs no lock.
+    """Run it at every heartbeat of every worker; the one with the least name does it for all.
 
+    What moves goes in front of what waits where it comes to, in the order in which it has waited.
     ``clock`` tells seconds since the epoch.
     """
 
@@ -50,6 +53,7 @@ class Rescuer:
         self._settler = settler
         self._limits = limits
         self._live_workers = live_workers
+        self._worker_id = worker_id
         self._due: dict[EngineName, float] = {}
         self._fallbacks = {
             # Nothing is asked anew for each message: the heartbeat that looks has just asked who lives.
@@ -59,30 +63,44 @@ class Rescuer:
 
     def look(self, now: float) -> int:
         """Move what has waited long enough; returns how many messages. ``now`` is in seconds of a steady clock."""
-        served = {queue for worker in self._live_workers() for queue in worker.queues}
-        moved = 0
+        live = self._live_workers()
+        served = {queue for worker in live for queue in worker.queues}
+        mine, moved = self._worker_id <= min((worker.id for worker in live), default=self._worker_id), 0
         for engine in EngineName:
             if keys.queue_of(engine) in served:
                 self._due.pop(engine, None)
-            elif now >= self._due.setdefault(engine, now + self._limits.now.rescue_after_seconds):
+            elif now >= self._due.setdefault(engine, now + self._limits.now.rescue_after_seconds) and mine:
                 moved += self._move(engine)
         return moved
 
     def _move(self, engine: EngineName) -> int:
-        moved = 0
-        while moved < MOST:
+        endings, size = list[Ending](), 0
+        while len(endings) < MOST and size < MOST_BYTES:
             claim = self._delivery.claim(keys.queue_of(engine), AT_ONCE)
             if not claim.messages:
                 break
-            endings = [self.ending_of(engine, message, claim.now) for message in claim.messages]
+            found = [self.ending_of(engine, message, claim.now) for message in claim.messages]
             if claim.cancelled:
-                gone = self._delivery.cancelled_among([ending.item.id for ending in endings])
-                endings = [Ending.cancelled(one.item) if one.item.id in gone else one for one in endings]
-            self._settler.end(endings, on_loop=False)
-            moved += len(claim.messages)
-        if moved:
-            logger.warning("no live worker serves %s: %d requests of its queue were dealt with", engine, moved)
-        return moved
+                gone = self._delivery.cancelled_among([ending.item.id for ending in found])
+                found = [Ending.cancelled(one.item) if one.item.id in gone else one for one in found]
+            endings += found
+            size += sum(len(message.payload) for message in claim.messages)
+        self._end(oldest_in_front(endings))
+        if endings:
+            logger.warning("no live worker serves %s: %d requests of its queue were dealt with", engine, len(endings))
+        return len(endings)
+
+    def _end(self, endings: Sequence[Ending]) -> None:
+        """Where the broker fails, what is left is put back, or its leases lapse."""
+        done = 0
+        try:
+            for done in range(0, len(endings), AT_ONCE):
+                self._settler.end(endings[done : done + AT_ONCE], on_loop=False)
+        except BROKER_ERRORS:
+            left = sorted((ending.item.lease for ending in endings[done:]), key=lease_order, reverse=True)
+            with suppress(*BROKER_ERRORS):
+                self._delivery.settle([Settlement.give_back(lease) for lease in left])
+            raise
 
     def ending_of(self, engine: EngineName, message: LeasedMessage, now: float) -> Ending:
         """Where one message goes. ``now`` is in seconds since the epoch."""

@@ -12,11 +12,14 @@ from shared import keys, wire
 from shared.errors import DeadLettered, UndecodableMessage
 from shared.limits import LimitsInForce
 from workers.broker.delivery import Delivery, Swept
-from workers.ends.settler import Settler
+from workers.ends.settler import Settler, oldest_in_front
 from workers.requests.ending import End, Ending
 from workers.requests.inflight import InFlight
 
 logger = logging.getLogger(__name__)
+
+AT_ONCE = 256
+"""Messages that one script puts back."""
 
 
 class Sweeper:
@@ -36,8 +39,9 @@ class Sweeper:
 
     def _end(self, endings: Sequence[Ending]) -> None:
         """Each that may have a canvas by itself: where that cannot be told, the others have their ends."""
-        back = [ending for ending in endings if ending.end is End.GIVE_BACK]
-        self._settler.end(back)
+        back = oldest_in_front(ending for ending in endings if ending.end is End.GIVE_BACK)
+        for first in range(0, len(back), AT_ONCE):
+            self._settler.end(back[first : first + AT_ONCE])
         for ending in endings:
             if ending.end is End.GIVE_BACK:
                 continue

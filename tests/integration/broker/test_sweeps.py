@@ -8,7 +8,7 @@ import redis
 
 from shared import keys
 from shared.settings import FleetSettings
-from workers.broker.delivery import RedisDelivery
+from workers.broker.delivery import RedisDelivery, Settlement
 
 FLEET = FleetSettings()
 LIST = keys.list_of("fake", 3)
@@ -52,3 +52,63 @@ def test_every_second_somebody_sweeps(redis_client: redis.Redis) -> None:
     while second.sweep()[0] is None:
         pass
     assert redis_client.get(keys.SWEEPING) == b"second"
+
+
+def delay(client: redis.Redis, count: int, size: int = 200) -> None:
+    """So many delayed messages of so many bytes, due at once, as of tasks with the same countdown."""
+    with client.pipeline(transaction=False) as pipe:
+        for number in range(1, count + 1):
+            lease = f"{keys.DELAYED_PREFIX}{number}\nr{number}"
+            pipe.hset(keys.LEASE_MESSAGES, lease, f"{LIST}\n{number}".ljust(size).encode())
+            pipe.zadd(keys.LEASE_INDEX, {lease: 5})
+        pipe.execute()
+
+
+def order(client: redis.Redis) -> list[int]:
+    """The numbers of the messages that wait, in the order in which they are claimed."""
+    return [int(message.split()[0]) for message in reversed(client.lrange(LIST, 0, -1))]
+
+
+def test_many_that_are_due_together_hold_nobody_up(redis_client: redis.Redis) -> None:
+    """Thousands go back with each sweep, which says to come again at once; expired leases are first; order is kept."""
+    sweeper = worker(redis_client)
+    redis_client.lpush("pytorch", b"held")
+    sweeper.claim("pytorch", 1)
+    lapse(redis_client)
+    delay(redis_client, 12_000)
+
+    due, swept = sweeper.sweep()
+    assert [one.payload for one in swept] == [b"held"]
+    sweeps = 1
+    while due == 0:
+        due, _ = sweeper.sweep()
+        sweeps += 1
+
+    assert sweeps <= 4
+    assert order(redis_client) == list(range(1, 12_001))
+
+
+def test_large_messages_go_back_in_several_sweeps(redis_client: redis.Redis) -> None:
+    """A script holds no more than some megabytes of them, and the order is kept all the same."""
+    sweeper = worker(redis_client)
+    delay(redis_client, 300, size=200_000)
+    while sweeper.sweep()[0] == 0:
+        pass
+
+    assert order(redis_client) == list(range(1, 301))
+    assert 0 < redis_client.ttl(keys.RELEASED) <= 600
+
+
+def test_more_expired_leases_than_a_sweep_takes_keep_their_order(redis_client: redis.Redis) -> None:
+    """Who sweeps puts the youngest back first, and those before them in front of these."""
+    names = [b"%d" % number for number in range(2500)]
+    redis_client.lpush(LIST, *names)
+    sweeper = worker(redis_client)
+    sweeper.claim("fake", len(names))
+    lapse(redis_client)
+    due = 0.0
+    while due == 0:
+        due, swept = sweeper.sweep()
+        sweeper.settle([Settlement.give_back(one.lease) for one in reversed(swept)])
+
+    assert order(redis_client) == list(range(2500))

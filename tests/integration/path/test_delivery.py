@@ -9,6 +9,7 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -311,3 +312,19 @@ def test_an_id_that_was_submitted_is_not_run_again(make_fleet, redis_client) -> 
         assert {handle.result(30).text for handle in (first, again, elsewhere)} == {"cba"}
         assert other.submit(fields).result(1).text == "cba"
         assert fleet.client.queue_lengths()["fake"] == 0
+
+
+def test_delayed_tasks_run_in_the_order_in_which_they_are_due(make_fleet, redis_client: redis.Redis) -> None:
+    """Of any Celery app, while the worker is busy with those before them; what was sent later waits for all of them."""
+    fleet = make_fleet(optimization={"fake": {"latency_ms": 15}, "batcher": {"max_batch_size": 1}})
+    fleet.start_worker()
+    app = bare_app(fleet.url)
+
+    def send(number: int, **options: Any) -> str:
+        request = {"model": "echo", "inputs": {"prompt": str(number)}}
+        return str(app.send_task("muai.infer", kwargs={"request": request}, queue="fake", **options).id)
+
+    ids = [send(number, countdown=1.5) for number in range(60)]
+    found = [app.AsyncResult(one).get(timeout=60) and app.AsyncResult(one).date_done for one in ids]
+
+    assert found == sorted(found)

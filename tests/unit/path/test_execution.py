@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 from shared.contract import EngineName
-from shared.errors import EngineBusy
+from shared.errors import EngineBusy, EngineError
 from tests.support.memory_worker import MemoryFleet, MemoryWorker, settings_of
 from workers.broker.delivery import Settlement, Written
 from workers.requests.inflight import State
@@ -208,3 +208,30 @@ def test_a_second_last_try_waits_in_the_queue_for_the_first():
     assert running(worker) == [["first"]]
     assert waiting(fleet) == ["second"]
     assert worker.intakes[FAKE].table.count(State.ALONE) == 0
+
+
+def test_what_a_stopping_worker_gives_back_keeps_its_order():
+    """What ran, what waited for it and what was claimed last, before what has come since; however many they are."""
+    fleet, worker = start(slots=400)
+    names = [f"r{number}" for number in range(500)]
+    submit(fleet, *names, "younger")
+    worker.turn()
+    assert waiting(fleet) == ["younger"]
+    worker.begin_stop()
+    worker.wind_up(hurry=True)
+
+    assert waiting(fleet) == [*names, "younger"]
+
+
+def test_what_hops_together_keeps_its_order():
+    """An engine's batch that goes on to the next engine."""
+    fleet = MemoryFleet(settings_of(FAKE, EngineName.PYTORCH))
+    worker = fleet.worker(FAKE)
+    fleet.worker(EngineName.PYTORCH).runners[EngineName.PYTORCH].loaded.clear()
+    submit(fleet, "a", "b", "c")
+    worker.turn()
+    worker.runners[FAKE].complete(EngineError("broke"))
+    worker.turn()
+
+    on_the_other = fleet.broker.queues.waiting()[LIST.replace("fake", "pytorch")]
+    assert [orjson.loads(message)["headers"]["id"] for message in on_the_other] == ["a", "b", "c"]

@@ -89,6 +89,24 @@ def test_a_sweep_that_the_broker_interrupts_loses_nothing(fleet: MemoryFleet):
     assert own_header(message)["deliveries"] == 1
 
 
+def ids_of(fleet: MemoryFleet, name: str = LIST) -> list[str]:
+    """The requests on a list, in the order in which they are claimed."""
+    return [orjson.loads(message)["headers"]["id"] for message in fleet.broker.queues.waiting().get(name, [])]
+
+
+def test_what_a_dead_worker_had_comes_back_in_the_order_in_which_it_was_claimed(fleet: MemoryFleet):
+    """In front of what has come since."""
+    worker, names = fleet.worker(FAKE), [f"r{number}" for number in range(300)]
+    for name in names:
+        fleet.submit(name)
+    worker.delivery.claim("fake", len(names))
+    fleet.submit("younger")
+    fleet.pass_time(LEASE_SECONDS)
+    worker.sweeper.sweep()
+
+    assert ids_of(fleet) == [*names, "younger"]
+
+
 # -- the rescuer ------------------------------------------------------------------------------------------------------
 
 
@@ -105,6 +123,32 @@ def test_what_waits_where_nobody_serves_moves_on_after_a_time(fleet: MemoryFleet
     (hop,) = own_header(message)["hops"]
     assert (hop["engine"], hop["error"], hop["outage"]) == ("fake", "no live worker serves the fake queue", True)
     assert fleet.error("late").startswith("DeadlineExceeded")
+
+
+def test_what_moves_keeps_its_order_and_goes_before_what_is_younger(fleet: MemoryFleet):
+    """However much it is, and however many workers there are to do it: one does."""
+    workers, names = [fleet.worker(OTHER) for _ in range(3)], [f"r{number}" for number in range(300)]
+    for name in names:
+        fleet.submit(name, FAKE)
+    fleet.submit("younger", OTHER)
+    for worker in workers:
+        worker.rescuer.look(0.0)
+
+    assert [worker.rescuer.look(5.0) for worker in reversed(workers)] == [0, 0, 300]
+    assert ids_of(fleet, keys.list_of("pytorch", 3)) == [*names, "younger"]
+
+
+def test_what_cannot_be_moved_goes_back_where_it_was(fleet: MemoryFleet):
+    worker, names = fleet.worker(OTHER), [f"r{number}" for number in range(5)]
+    for name in names:
+        fleet.submit(name, FAKE)
+    worker.rescuer.look(0.0)
+    worker.canvas.failures.append(ConnectionError("away"))
+    with pytest.raises(ConnectionError):
+        worker.rescuer.look(5.0)
+
+    assert ids_of(fleet) == names
+    assert fleet.broker.leases == {}
 
 
 def test_a_queue_that_is_served_again_is_left_alone(fleet: MemoryFleet):
