@@ -141,7 +141,7 @@ class Swept:
 
 
 def lease_order(lease: str) -> int:
-    """Sorts leases, and what waits under them, in the order in which they were made: their names begin with a counter."""
+    """Sorts leases, and what waits under them, in the order in which they were made: a counter begins their names."""
     number = lease.removeprefix(keys.DELAYED_PREFIX).partition("-")[0]
     return int(number) if number.isdecimal() else 0
 
