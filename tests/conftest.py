@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -48,6 +49,7 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedBroker]
     """One embedded broker for the tests of a process."""
     with EmbeddedBroker(tmp_path_factory.mktemp("broker")) as embedded:
         yield embedded
+        gc.collect()  # results that nobody waits for tell the broker so when they go, while it is there
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.faults import failover, kills, members, network, soak, stalls, stops
+from tests.faults import asked_twice, chords, failover, kills, members, network, soak, stalls, stops
 from tests.faults.stage import Figure
 
 
@@ -113,6 +113,16 @@ SCENARIOS = {
         failover.flushed,
         full={"times": 5, "ids": 1500},
         short={"times": 1, "ids": 150},
+    ),
+    "same-ids": Scenario(
+        asked_twice.same_ids,
+        full={"kills": 50, "ids": 1500},
+        short={"kills": 2, "ids": 60},
+    ),
+    "ended-chords": Scenario(
+        chords.ended_chords,
+        full={"kills": 50, "chords": 1000},
+        short={"kills": 2, "chords": 30},
     ),
     "soak": Scenario(
         soak.soak,

@@ -121,3 +121,19 @@ def test_a_header_with_groups_in_it_keeps_its_structure(backend: ChordBackend, m
     end(backend, 1)
 
     assert found == [[{"n": 0}, [{"n": 1}]]]
+
+
+def test_answers_that_cannot_be_joined_fail_the_body(backend: ChordBackend, redis_client: redis.Redis) -> None:
+    """The header names a member of which no answer came: whoever waits for the body is told, and it is not called."""
+    app = backend.app
+    inner = app.GroupResult("inner", [app.AsyncResult("somebody else")])
+    header = app.GroupResult(GROUP, [app.AsyncResult("member-0"), inner])
+    backend._set_chord_key(backend.get_key_for_group(GROUP), backend.encode({"result": header.as_tuple()}))
+
+    end(backend, 0)
+    end(backend, 1)
+
+    assert calls(redis_client) == []
+    record = redis_client.get(keys.result_key("body"))
+    assert b"FAILURE" in record
+    assert b"the body cannot be called" in record
