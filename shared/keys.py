@@ -20,6 +20,8 @@ under ``muai:``.
 ``muai:dead``                           stream of dead letters
 ``muai:cancelled``                      zset result key -> time of cancellation, ms
 ``muai:delayed``                        hash request id -> the lease under which it waits for its time
+``muai:deadlines``                      zset request id, newline, list -> its deadline, ms; until it has ended
+``muai:looked``                         hash list -> the last message that was looked at for a deadline; for 10 minutes
 ``muai:released``                       hash list -> the delayed message that came back to it last; for 10 minutes
 ``muai:sweeping``                       the worker that watches for all what is due next, for less than a second
 ``muai:workers:seen``                   zset worker id -> last announcement, ms
@@ -61,6 +63,8 @@ DOUBTED: Final = "muai:doubted"
 DOUBTING: Final = "muai:doubting"
 CANCELLED: Final = "muai:cancelled"
 DELAYED: Final = "muai:delayed"
+DEADLINES: Final = "muai:deadlines"
+LOOKED: Final = "muai:looked"
 RELEASED: Final = "muai:released"
 SWEEPING: Final = "muai:sweeping"
 WORKERS_SEEN: Final = "muai:workers:seen"

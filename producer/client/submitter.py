@@ -23,7 +23,7 @@ UNKNOWN_WAIT_SECONDS = 1.0
 
 LONGEST_WAIT_SECONDS = 60.0
 SHOWN_IDS = 5
-SCRIPT_KEYS = (keys.UNDER_WAY, keys.CONTENTS, keys.CANCELLED, keys.DOUBTED)
+SCRIPT_KEYS = (keys.UNDER_WAY, keys.CONTENTS, keys.CANCELLED, keys.DOUBTED, keys.DEADLINES)
 LARGEST_GROUP = 1000
 """Requests for one list that the script looks at together."""
 
@@ -78,6 +78,12 @@ class Submitter:
             return []
         fleet = self._fleet
         args: list[Any] = [fleet.result_expires_seconds, self._capacity, fleet.queue_capacity_bytes]
+        deadlines = {
+            submission.request.id: submission.request.deadline * 1000
+            for submission, _ in submissions
+            if submission.request.deadline is not None
+        }
+        args.append(wire.dumps(deadlines) if deadlines else "")
         for group in everything:
             args += (group.name, *self._rate(group.tenant), len(group.places))
             args += group.arguments

@@ -10,10 +10,12 @@
 -- KEYS[2]   muai:contents   hash request id -> digest of its content, while it is under way
 -- KEYS[3]   muai:cancelled  zset result key -> time of cancellation, ms
 -- KEYS[4]   muai:doubted    hash request id -> list, newline, message: to be looked for
+-- KEYS[5]   muai:deadlines  zset request id, newline, list -> its deadline, ms
 -- ARGV[1]   seconds that a submission is remembered, should nobody ever answer it
 -- ARGV[2]   capacity of a queue, messages
 -- ARGV[3]   capacity of a queue, bytes
--- ARGV[4+]  for each list: the list; requests a second that its tenant may submit (0: any number) and how many at once;
+-- ARGV[4]   the deadlines of those that have one, ms, JSON by their ids; '' where none has
+-- ARGV[5+]  for each list: the list; requests a second that its tenant may submit (0: any number) and how many at once;
 --           the number of its requests, at most 1000; for each of them its id, its content's digest and its message
 -- Returns   { 'ok', one 1 or 0 a request: 0 where it was known }
 --           { 'conflict', ids that stand for another content }
@@ -22,7 +24,8 @@
 local ttl, capacity, most_bytes = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local groups, at = {}, 4
+local deadlines = ARGV[4] ~= '' and cjson.decode(ARGV[4])
+local groups, at = {}, 5
 while at <= #ARGV do
   local list, count = ARGV[at], tonumber(ARGV[at + 3])
   local queue, tenant = parts(list)
@@ -166,6 +169,15 @@ for _, group in ipairs(groups) do
     redis.call('ZADD', KEYS[1], unpack(marks)) -- the first write: a full broker refuses it
     redis.call('HSET', KEYS[2], unpack(contents))
     push(group.list, 'L', messages, true)
+    local late = {}
+    for _, i in ipairs(deadlines and group.news or {}) do
+      local deadline = deadlines[ARGV[i]]
+      if deadline then
+        late[#late + 1] = deadline
+        late[#late + 1] = ARGV[i] .. '\n' .. group.list
+      end
+    end
+    if #late > 0 then redis.call('ZADD', KEYS[5], unpack(late)) end
   end
 end
 if #again > 0 then

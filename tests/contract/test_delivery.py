@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,12 +19,13 @@ from hypothesis.stateful import (
 )
 
 from shared import keys, wire
+from shared.contract import InferenceRequest, Inputs
 from shared.errors import EngineError, IdConflict
 from shared.limits import Limits, LimitsInForce
 from shared.settings import FleetSettings, Settings, TenantSettings
 from tests.support.brokers import MemorySide, RedisSide, Side, cancelled_record
 from tests.support.clock import ManualClock
-from workers.broker.delivery import Claim, Settlement, Verdict, Written
+from workers.broker.delivery import Claim, Deadline, Settlement, Verdict, Written
 
 QUEUE = "fake"
 LEASE = 10.0
@@ -200,7 +202,7 @@ def test_a_delayed_message_comes_back_in_front_at_its_time(side: Side, clock: Ma
 
     assert side.delivery.sweep() == (0.5, [])
     clock.advance(0.5)
-    assert side.delivery.sweep() == (None, [])
+    assert side.delivery.sweep() == (float("inf"), [])
     assert [message.payload for message in side.delivery.claim(QUEUE, 5).messages] == [b"first", b"second"]
 
 
@@ -275,6 +277,95 @@ def test_expired_leases_are_taken_over_in_the_order_of_their_claims(side: Side, 
 
     assert [one.payload.decode() for one in swept] == names
     assert side.state()["lists"] == {"fake": [b"delayed"]}
+
+
+# -- deadlines --------------------------------------------------------------------------------------------------------
+
+
+def request_message(request_id: str) -> bytes:
+    """A message as our client writes it."""
+    return wire.encode_request(
+        InferenceRequest(id=request_id, model="echo", inputs=Inputs(prompt=request_id)), QUEUE, sent=1.0
+    )
+
+
+def entries(side: Side) -> list[str]:
+    """The requests, with their lists, whose deadlines are known."""
+    return sorted(side.state()["deadlines"])
+
+
+def test_what_is_late_is_taken_over_from_where_it_waits(side: Side, clock: ManualClock):
+    """From the middle of its list or its tenant's lane, which is as if it had never been there; once."""
+    start, lane = clock(), keys.list_of(QUEUE, 3, "acme")
+    messages = {name: request_message(name) for name in "abcd"}
+    for name in "abc":
+        side.submit("fake", name, messages[name], deadline=start + 5 if name == "b" else None)
+    side.submit(lane, "d", messages["d"], deadline=start + 4)
+    assert side.delivery.late() == (4.25, [])
+    clock.advance(5.25)
+
+    _, late = side.delivery.late()
+
+    assert {(one.list_name, one.payload, one.deadline) for one in late} == {
+        ("fake", messages["b"], start + 5), (lane, messages["d"], start + 4),
+    }  # fmt: skip
+    assert side.state()["lists"] == {"fake": [messages["a"], messages["c"]]}
+    assert side.state()["in flight"] == {"acme": 1}
+    assert entries(side) == []
+    side.delivery.settle([Settlement(one.lease) for one in late])
+    assert side.state()["in flight"] == {}
+    assert side.delivery.late() == (float("inf"), [])
+
+
+def test_a_deadline_goes_where_the_message_goes_and_ends_with_the_request(side: Side, clock: ManualClock):
+    """It hops, is given back and delayed; as long as a worker has it nobody else ends it."""
+    start, message = clock(), request_message("a")
+    side.submit("fake", "a", message, deadline=start + 5)
+    (lease,) = leases_of(side.delivery.claim(QUEUE, 1))
+    here, there = Deadline("a", "fake", start + 5), Deadline("a", "onnx", start + 5)
+    side.delivery.settle([Settlement(lease, push_list="onnx", push_message=message, deadline=here)])
+    assert entries(side) == [there.entry]
+    (lease,) = leases_of(side.delivery.claim("onnx", 1))
+    side.delivery.settle([replace(Settlement.give_back(lease), deadline=there)])
+    (lease,) = leases_of(side.delivery.claim("onnx", 1))
+    side.delivery.settle([Settlement(lease, due_ms=side.now_ms() + 1000, request_id="a", deadline=there)])
+    assert entries(side) == [there.entry]
+    clock.advance(1)
+    side.delivery.sweep()
+    (lease,) = leases_of(side.delivery.claim("onnx", 1))
+    clock.advance(5)
+    assert side.delivery.late()[1] == []
+    side.delivery.settle([Settlement(lease, request_id="a", deadline=there)])
+
+    assert entries(side) == []
+
+
+def test_a_deadline_whose_message_is_gone_is_forgotten(side: Side, clock: ManualClock):
+    side.submit("fake", "a", request_message("a"), deadline=clock() + 5)
+    side.delivery.claim(QUEUE, 1)
+    clock.advance(14)
+    side.delivery.late()
+    assert len(entries(side)) == 1
+    clock.advance(2)
+    side.delivery.late()
+
+    assert entries(side) == []
+
+
+def test_the_first_deadline_that_is_noted_stands(side: Side):
+    first, second = Deadline("a", "fake", 5.5), Deadline("b", "fake", 6.0)
+    assert side.delivery.deadlines([first]) == [5.5]
+    assert side.delivery.deadlines([Deadline("a", "fake", 9.0), second]) == [5.5, 6.0]
+
+
+def test_a_look_finds_what_others_than_our_client_have_sent(side: Side):
+    foreign = [b'{"headers": {}, "n": %d}' % number for number in range(3)]
+    side.submit("fake", "a", request_message("a"))
+    for number, message in enumerate(foreign):
+        side.submit(keys.list_of(QUEUE, 3 * number), str(number), message)
+    _, found = side.delivery.unread()
+
+    assert sorted(found) == [(keys.list_of(QUEUE, 3 * number), message) for number, message in enumerate(foreign)]
 
 
 def test_an_id_runs_once_at_a_time(side: Side):

@@ -6,6 +6,7 @@ from typing import Any
 
 import redis
 
+from producer.client.submitter import SCRIPT_KEYS
 from shared import keys, wire
 from shared.broker import lua
 from shared.errors import Cancelled, IdConflict
@@ -34,8 +35,10 @@ class MemorySide:
         self._broker = MemoryBroker(clock)
         self.delivery = MemoryDelivery(self._broker, fleet, limits)
 
-    def submit(self, list_name: str, request_id: str, message: bytes, content: str = "") -> bool:
-        return self._broker.submit(list_name, request_id, message, content)
+    def submit(
+        self, list_name: str, request_id: str, message: bytes, content: str = "", deadline: float | None = None
+    ) -> bool:
+        return self._broker.submit(list_name, request_id, message, content, deadline)
 
     def cancel(self, request_id: str, record: bytes) -> bool:
         return self._broker.cancel(request_id, record)
@@ -58,6 +61,7 @@ class MemorySide:
             "cancelled": broker.cancelled,
             "under way": broker.under_way,
             "contents": broker.contents,
+            "deadlines": broker.deadlines,
             "in flight": {tenant: count for tenant, count in broker.queues.in_flight.items() if count},
         }
 
@@ -92,10 +96,13 @@ class RedisSide:
     def close(self) -> None:
         self._client.close()
 
-    def submit(self, list_name: str, request_id: str, message: bytes, content: str = "") -> bool:
+    def submit(
+        self, list_name: str, request_id: str, message: bytes, content: str = "", deadline: float | None = None
+    ) -> bool:
         self._set_clock()
-        terms = [3600, 10_000, 2**30, list_name, 0, 0, 1, request_id, content, message]
-        answer = self._submit(keys=[keys.UNDER_WAY, keys.CONTENTS, keys.CANCELLED, keys.DOUBTED], args=terms)
+        late = wire.dumps({request_id: deadline * 1000}) if deadline is not None else ""
+        terms = [3600, 10_000, 2**30, late, list_name, 0, 0, 1, request_id, content, message]
+        answer = self._submit(keys=SCRIPT_KEYS, args=terms)
         if answer[0] == b"conflict":
             raise IdConflict
         return answer[1] == 1
@@ -128,6 +135,7 @@ class RedisSide:
         pipe.zrange(keys.CANCELLED, 0, -1, withscores=True)
         pipe.zrange(keys.UNDER_WAY, 0, -1, withscores=True)
         pipe.hgetall(keys.CONTENTS)
+        pipe.zrange(keys.DEADLINES, 0, -1, withscores=True)
         pipe.hgetall(keys.IN_FLIGHT)
         for name in lists:
             pipe.lrange(name, 0, -1)
@@ -135,7 +143,7 @@ class RedisSide:
             pipe.get(name)
         for name in replies:
             pipe.xrange(name)
-        index, messages, dead, cancelled, under_way, contents, in_flight, *rest = pipe.execute()
+        index, messages, dead, cancelled, under_way, contents, deadlines, in_flight, *rest = pipe.execute()
         expiries = {lease.decode(): int(expiry) for lease, expiry in index}
         assert expiries.keys() == {lease.decode() for lease in messages}
         stored = {lease.decode(): value.split(b"\n", 1) for lease, value in messages.items()}
@@ -151,6 +159,7 @@ class RedisSide:
             "cancelled": {name.decode(): int(when) for name, when in cancelled},
             "under way": {name.decode(): int(when) for name, when in under_way},
             "contents": {name.decode(): content.decode() for name, content in contents.items()},
+            "deadlines": {name.decode(): when for name, when in deadlines},
             "in flight": {tenant.decode(): int(count) for tenant, count in in_flight.items()},
         }
 

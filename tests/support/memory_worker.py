@@ -144,7 +144,7 @@ class MemoryFleet:
             envelope["headers"][wire.HEADER] = {"reply": REPLY}
         name, message = keys.list_of(queue, request.priority.wire, request.tenant), wire.dumps(envelope)
         if ours:
-            return self.broker.submit(name, request_id, message)
+            return self.broker.submit(name, request_id, message, deadline=request.deadline)
         self.broker.queues.push(keys.list_of(queue, Priority.NORMAL.wire), message, front=False)
         return True
 
@@ -192,7 +192,7 @@ class MemoryWorker:
         self.observers = Observers([self.witness])
         self.canvas = ToldCanvas()
         self.settler = Settler(self.delivery, self.leases, self.observers, self.canvas)  # type: ignore[arg-type]
-        self.sweeper = Sweeper(self.delivery, self.settler, self.limits)
+        self.sweeper = Sweeper(self.delivery, self.settler, self.limits, fleet.clock)
         self.rescuer = Rescuer(
             self.delivery, self.settler, self.limits, settings, name, fleet.live, clock=fleet.clock
         )  # fmt: skip

@@ -18,7 +18,7 @@ import redis
 
 from shared import keys
 from shared.broker import lua
-from shared.contract import DEFAULT_TENANT
+from shared.contract import DEFAULT_TENANT, EngineName
 from shared.limits import Limits, LimitsInForce
 from shared.settings import FleetSettings, Settings, TenantSettings
 from workers.broker.lease_ids import LeaseTokens
@@ -30,6 +30,12 @@ SAME = "="
 
 SWEEP_LIMIT = 1000
 """Expired leases that one sweep takes over."""
+
+LEFT_TO_WORKER_SECONDS = 0.25
+"""For how long after its deadline a request is left to the worker that may have it."""
+
+UNREAD_LIMIT = 250
+"""Messages of other senders that are read at once."""
 
 WATCH_SHARE = 0.8
 """Share of the time between two sweeps of a worker for which it watches for all what is due next."""
@@ -79,6 +85,7 @@ class Settlement:
     dead_reason: str = ""
     due_ms: float | None = None
     request_id: str = ""
+    deadline: Deadline | None = None
 
     @classmethod
     def give_back(cls, lease: str, message: bytes | str = SAME) -> Settlement:
@@ -107,6 +114,8 @@ class Settlement:
             terms["reason"] = self.dead_reason
         if self.due_ms is not None:
             terms["due"] = self.due_ms
+        if self.deadline is not None:
+            terms |= {"deadline": self.deadline.at * 1000, "entry": self.deadline.entry}
         return terms
 
 
@@ -133,11 +142,29 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """An expired lease that this process took over. ``list_name`` is where its message came from."""
+    """A message that this process took over: its lease expired or, with a ``deadline``, it waited for too long.
+
+    ``list_name`` is where it came from; the deadline is in seconds of the broker's clock.
+    """
 
     lease: str
     list_name: str
     payload: bytes
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """Until when a request is wanted that is, or was, on a list; ``at`` is in seconds of the broker's clock."""
+
+    request_id: str
+    list_name: str
+    at: float
+
+    @property
+    def entry(self) -> str:
+        """Its name among the others."""
+        return f"{self.request_id}\n{self.list_name}"
 
 
 def lease_order(lease: str) -> int:
@@ -182,9 +209,25 @@ class Delivery(Protocol):
     def sweep(self) -> tuple[float | None, list[Swept]]:
         """Take over expired leases and put due delayed messages back.
 
-        Returns the seconds until the next one is due (``None``: there is none, or another worker watches for it) and
-        what was taken over.
+        Returns the seconds until the next one is due (infinite where there is none, ``None`` where another worker
+        watches) and what was taken over.
         """
+
+    def late(self) -> tuple[float, list[Swept]]:
+        """Take over requests whose deadline has passed while they wait on a list.
+
+        Returns the seconds until it is worth asking again (infinite where no deadline is known) and what was taken
+        over. For who watches.
+        """
+
+    def unread(self) -> tuple[bool, list[tuple[str, bytes]]]:
+        """What others than our client have put on lists since the last time: each message with its list.
+
+        Says too whether there is more. For who watches.
+        """
+
+    def deadlines(self, deadlines: Sequence[Deadline]) -> list[float]:
+        """Note until when requests are wanted. Returns what counts, in seconds: what was noted before stands."""
 
     def share_out(self, places: int) -> None:
         """Reckon what each tenant may have in flight of this many places in the fleet."""
@@ -227,7 +270,7 @@ class RedisDelivery:
         self._watch_ms = max(1, int(WATCH_SHARE * fleet.sweep_seconds * 1000))
         self._settle_keys = [
             keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.DEAD_LETTERS, keys.IN_FLIGHT, keys.UNDER_WAY, keys.DELAYED,
-            keys.CONTENTS,
+            keys.CONTENTS, keys.DEADLINES,
         ]  # fmt: skip
         self._claim_keys: dict[str, list[str]] = {}
         self._token = token or LeaseTokens()
@@ -245,6 +288,10 @@ class RedisDelivery:
             ],
             fleet.lease_seconds,
         )
+        self._late = client.register_script(lua("workers.broker", "late"))
+        self._late_from: tuple[bytes | str, int] = "", 0
+        self._unread = client.register_script(lua("workers.broker", "unread"))
+        self._deadlines = client.register_script(lua("workers.broker", "deadlines"))
 
     def wait(self) -> None:
         """Take in what has become of all that was sent so far."""
@@ -349,8 +396,8 @@ class RedisDelivery:
     def sweep(self) -> tuple[float | None, list[Swept]]:
         """Take over expired leases and put due delayed messages back.
 
-        Returns the seconds until the next one is due (``None``: there is none, or another worker watches for it) and
-        what was taken over.
+        Returns the seconds until the next one is due (infinite where there is none, ``None`` where another worker
+        watches) and what was taken over.
         """
         leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER, keys.DELAYED, keys.CANCELLED]
         args = [SWEEP_LIMIT, self._lease_ms, keys.DELAYED_PREFIX, self._token(), self.affinity, self._watch_ms]
@@ -359,7 +406,43 @@ class RedisDelivery:
         for lease, stored in zip(rows[1::2], rows[2::2], strict=True):
             name, _, payload = stored.partition(b"\n")
             taken.append(Swept(lease.decode(), name.decode(), payload))
-        return (None if rows[0] < 0 else rows[0] / 1000), taken
+        return _SEEN.get(rows[0], rows[0] / 1000), taken
+
+    def late(self) -> tuple[float, list[Swept]]:
+        """Take over requests whose deadline has passed while they wait on a list.
+
+        Returns the seconds until it is worth asking again (infinite where no deadline is known) and what was taken
+        over. For who watches.
+        """
+        leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER, keys.IN_FLIGHT]
+        args = [self._lease_ms, self._token(), int(LEFT_TO_WORKER_SECONDS * 1000), *self._late_from]
+        rows = self._late(keys=[*leases, keys.DEADLINES, keys.LOOKED], args=args)
+        self._late_from = rows[2], rows[3]
+        taken = []
+        for lease, deadline, stored in zip(rows[4::3], rows[5::3], rows[6::3], strict=True):
+            name, _, payload = stored.partition(b"\n")
+            taken.append(Swept(lease.decode(), name.decode(), payload, int(deadline) / 1000))
+        return (float("inf") if rows[0] < 0 else rows[0] / 1000), taken
+
+    def unread(self) -> tuple[bool, list[tuple[str, bytes]]]:
+        """What others than our client have put on lists since the last time: each message with its list.
+
+        Says too whether there is more. For who watches.
+        """
+        lists = [name for engine in EngineName for name in keys.lists_of(keys.queue_of(engine))]
+        rows = self._unread(keys=[keys.LOOKED, *lists], args=[UNREAD_LIMIT])
+        return rows[0] == 1, [(name.decode(), payload) for name, payload in zip(rows[1::2], rows[2::2], strict=True)]
+
+    def deadlines(self, deadlines: Sequence[Deadline]) -> list[float]:
+        """Note until when requests are wanted. Returns what counts, in seconds: what was noted before stands."""
+        if not deadlines:
+            return []
+        args = [word for one in deadlines for word in (one.entry, one.at * 1000)]
+        return [float(score) / 1000 for score in self._deadlines(keys=[keys.DEADLINES], args=args)]
+
+
+_SEEN: Mapping[int, float | None] = {-1: float("inf"), -2: None}
+"""What a sweep says in place of a time."""
 
 
 def _claim_of(rows: list[Any]) -> Claim:

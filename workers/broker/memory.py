@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from shared.limits import Limits, LimitsInForce
 from shared.settings import FleetSettings, Settings
-from workers.broker.delivery import Claim, Quotas, Settlement, Swept, Verdict, Written, quotas_of
+from workers.broker.delivery import Claim, Deadline, Quotas, Settlement, Swept, Verdict, Written, quotas_of
 from workers.broker.memory_broker import MemoryBroker
 
 T = TypeVar("T")
@@ -165,6 +165,18 @@ class MemoryDelivery:
     def sweep(self) -> tuple[float | None, list[Swept]]:
         """Take over expired leases and put due delayed messages back."""
         return self._run(lambda: self.broker.sweep(self._lease_ms))
+
+    def late(self) -> tuple[float, list[Swept]]:
+        """Take over requests whose deadline has passed while they wait on a list."""
+        return self._run(lambda: self.broker.late(self._lease_ms))
+
+    def unread(self) -> tuple[bool, list[tuple[str, bytes]]]:
+        """What others than our client have put on lists since the last time: each message with its list."""
+        return self._run(lambda: (False, self.broker.unread()))
+
+    def deadlines(self, deadlines: Sequence[Deadline]) -> list[float]:
+        """Note until when requests are wanted. Returns what counts, in seconds."""
+        return self._run(lambda: self.broker.note(deadlines)) if deadlines else []
 
     def share_out(self, places: int) -> None:
         """Reckon what each tenant may have in flight of this many places in the fleet."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import orjson
 
 from shared import keys
 from shared.errors import IdConflict
 from workers.broker.delivery import (
+    LEFT_TO_WORKER_SECONDS,
     SAME,
     SWEEP_LIMIT,
     Claim,
+    Deadline,
     LeasedMessage,
     Quotas,
     Settlement,
@@ -30,6 +32,9 @@ STANDS: Mapping[str, Written] = {
     "REVOKED": Written.CANCELLED,
 }
 """The states of a record that no other replaces, and what comes of a settlement that finds one."""
+
+FORGOTTEN_MS = 10_000
+"""After how long a deadline is forgotten whose request is on no list."""
 
 LEASES_OF = "memory"
 """What the ids of leases end with. They need be like no others, for nothing that is in memory outlives them."""
@@ -70,6 +75,7 @@ class MemoryBroker:
         self.delayed: dict[str, str] = {}
         self.under_way: dict[str, int] = {}
         self.contents: dict[str, str] = {}
+        self.deadlines: dict[str, float] = {}  # by their entries, in ms
 
     @property
     def now(self) -> int:
@@ -78,7 +84,9 @@ class MemoryBroker:
 
     # -- what a caller does -----------------------------------------------------------------------------------------
 
-    def submit(self, list_name: str, request_id: str, message: bytes, content: str = "") -> bool:
+    def submit(
+        self, list_name: str, request_id: str, message: bytes, content: str = "", deadline: float | None = None
+    ) -> bool:
         """Push a request; ``False`` where its id is under way or has its result.
 
         Raises :class:`~shared.errors.IdConflict` where it stands for another content.
@@ -96,6 +104,8 @@ class MemoryBroker:
         self.under_way[request_id] = self.now
         self.contents[request_id] = content
         self.queues.push(list_name, message, front=False)
+        if deadline is not None:
+            self.deadlines[Deadline(request_id, list_name, deadline).entry] = deadline * 1000
         return True
 
     def cancel(self, request_id: str, record: bytes) -> bool:
@@ -169,6 +179,11 @@ class MemoryBroker:
             self.leases[delayed] = Lease(lease.list_name, lease.message, it.due_ms)
             if it.request_id:
                 self.delayed[it.request_id] = delayed
+        if it.deadline is not None:
+            self.deadlines.pop(it.deadline.entry, None)
+            name = lease.list_name if it.push_list == SAME or it.due_ms is not None else it.push_list
+            if name:
+                self.note([replace(it.deadline, list_name=name)])
         record, written = _bytes(it.record), Written.DONE
         if it.result_key:
             standing = self._standing(it.result_key)
@@ -214,7 +229,35 @@ class MemoryBroker:
         for list_name, messages in released.items():
             self.queues.release(list_name, messages)
         following = min((lease.expiry for lease in self.leases.values()), default=None)
-        return None if following is None else max(0, following - self.now) / 1000, taken
+        return float("inf") if following is None else max(0, following - self.now) / 1000, taken
+
+    def late(self, lease_ms: int) -> tuple[float, list[Swept]]:
+        """Take over what has waited for too long, as ``late.lua`` does."""
+        latest, taken = self.now - int(LEFT_TO_WORKER_SECONDS * 1000), []
+        for list_name, messages in self.queues.waiting().items():
+            for message in messages:
+                request_id = _id_of(message)
+                entry = Deadline(request_id, list_name, 0.0).entry
+                if request_id and self.deadlines.get(entry, float("inf")) <= latest:
+                    lease = self._next_lease(self.queues.remove(list_name, message))
+                    self.leases[lease] = Lease(list_name, message, self.now + lease_ms)
+                    taken.append(Swept(lease, list_name, message, int(self.deadlines.pop(entry)) / 1000))
+        self.deadlines = {name: at for name, at in self.deadlines.items() if at >= latest - FORGOTTEN_MS}
+        following = min((at for at in self.deadlines.values() if at > latest), default=float("inf"))
+        return max(1.0, following - latest) / 1000, taken
+
+    def unread(self) -> list[tuple[str, bytes]]:
+        """What others than our client have put on shared lists, as ``unread.lua`` finds it: here, each time anew."""
+        return [
+            (name, message)
+            for name, messages in self.queues.waiting().items()
+            for message in messages
+            if not name.startswith(keys.LANE_PREFIX) and b'"muai":{"v"' not in message
+        ]
+
+    def note(self, deadlines: Sequence[Deadline]) -> list[float]:
+        """Note deadlines, as ``deadlines.lua`` does."""
+        return [self.deadlines.setdefault(one.entry, one.at * 1000) / 1000 for one in deadlines]
 
     def _next_lease(self, tenant: str) -> str:
         self._last += 1
@@ -229,6 +272,14 @@ class MemoryBroker:
     def _record(self, key: str, record: bytes) -> None:
         self.records[key] = record
         self.published.append((key, record))
+
+
+def _id_of(message: bytes) -> str:
+    """The id of a message's request, where it can be told."""
+    try:
+        return str(orjson.loads(message)["properties"]["correlation_id"])
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return ""
 
 
 def _bytes(text: bytes | str) -> bytes:

@@ -87,6 +87,19 @@ class MemoryQueues:
             if affinity:
                 self._affine[shared, tenant].setdefault(affinity, self._clock())
 
+    def remove(self, name: str, message: bytes) -> str:
+        """Take a message from anywhere on its list; returns the tenant whose lane that is."""
+        waiting, shared = self._lists[name], _shared(name)
+        waiting.reverse()
+        waiting.remove(message)
+        waiting.reverse()
+        tenant, affinity = _owner(name)
+        if name != shared and not affinity and not waiting and not self._affine[shared, tenant]:
+            self._lanes[shared].pop(tenant, None)
+        if name != shared:
+            self.in_flight[tenant] += 1
+        return tenant if name != shared else ""
+
     def waiting(self) -> dict[str, list[bytes]]:
         """What is on each list that holds anything, the first to be claimed first."""
         return {name: list(reversed(messages)) for name, messages in self._lists.items() if messages}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from shared import keys, wire
 from shared.contract import Hop
-from shared.errors import FleetError
-from workers.broker.delivery import Settlement
+from shared.errors import BadRequest, FleetError
+from workers.broker.delivery import Deadline, Settlement
 from workers.requests.ending import End, Ending
 from workers.requests.inflight import InFlight
 
@@ -18,7 +19,22 @@ MOST_RETRIES = 2**31
 
 def settlement_of(ending: Ending, children: Sequence[Any] = ()) -> Settlement:
     """What an ending writes; ``children`` are the next steps of a canvas, which a success names in its record."""
-    return _WRITTEN[ending.end](ending, children)
+    written = _WRITTEN[ending.end](ending, children)
+    deadline = _deadline(ending.item)
+    return written if deadline is None else replace(written, deadline=deadline)
+
+
+def _deadline(item: InFlight) -> Deadline | None:
+    """Until when its request is wanted, where it says so."""
+    last = _last_moment(item) if _id(item) else None
+    return None if last is None else Deadline(item.id, item.list_name, last)
+
+
+def _last_moment(item: InFlight) -> float | None:
+    try:
+        return item.last_moment() if item.request is not None else None
+    except BadRequest:  # what it says of its time is no time: that is what it ends with
+        return None
 
 
 def _result(ending: Ending, children: Sequence[Any]) -> Settlement:
@@ -71,7 +87,9 @@ def _hop(ending: Ending, _: Sequence[Any]) -> Settlement:
 
 def _delay(ending: Ending, _: Sequence[Any]) -> Settlement:
     item = ending.item
-    return Settlement(item.lease, due_ms=round(ending.at * 1000, 3), request_id=_id(item))
+    last = _last_moment(item)
+    due = ending.at if last is None else min(ending.at, last)
+    return Settlement(item.lease, due_ms=round(due * 1000, 3), request_id=_id(item))
 
 
 def _give_back(ending: Ending, _: Sequence[Any]) -> Settlement:

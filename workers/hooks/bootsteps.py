@@ -69,12 +69,12 @@ class IntakeStep(bootsteps.StartStopStep):
         interval = fleet.settings.fleet.sweep_seconds
         again: Any = None
 
-        def sweep() -> None:
+        def sweep(look: bool = True) -> None:
             nonlocal again
             if again is not None:
                 again.cancel()
-            due = fleet.sweeper.sweep()
-            again = None if due is None or due >= interval else hub.call_later(due + 0.001, sweep)
+            due = fleet.sweeper.sweep(look=look)
+            again = None if due is None or due >= interval else hub.call_later(due + 0.001, sweep, False)
 
         hub.call_repeatedly(interval, sweep)
         hub.call_repeatedly(TEND_SECONDS, fleet.doubts.tend)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-from shared.contract import InferenceRequest
 from shared.errors import DeadlineExceeded
 from workers.models.manager import ModelManager
 from workers.path.waiting_room import WaitingRoom
@@ -22,24 +21,24 @@ class Expiry:
 
     def unwanted(self, item: InFlight, now: float) -> Ending | None:
         """How a request ends that nobody wants at ``now`` (seconds since the epoch); ``None`` where it is wanted."""
+        if (ending := self.late(item, now)) is not None:
+            return ending
+        request = item.request
+        if request is None or request.deadline is None or item.started:
+            return None
+        if request.expired(now + (takes := self._waiting.least_seconds(request))):
+            text = f"the deadline cannot be met: such requests take {takes:.3f} s or more"
+            return Ending.failed(item, DeadlineExceeded(text))
+        return None
+
+    def late(self, item: InFlight, now: float) -> Ending | None:
+        """The same, going by nothing but the time."""
         if item.id in self._revoked:
             return Ending.cancelled(item)
         expires, request = item.expires, item.request
         if expires is not None and now >= expires:
             return Ending.expired(item)
-        if request is None or request.deadline is None:
+        if request is None or not request.expired(now):
             return None
-        if request.expired(now):
-            return Ending.failed(item, self._late(item, request))
-        if not item.started and request.expired(now + (takes := self._waiting.least_seconds(request))):
-            text = f"the deadline cannot be met: such requests take {takes:.3f} s or more"
-            return Ending.failed(item, DeadlineExceeded(text))
-        return None
-
-    def _late(self, item: InFlight, request: InferenceRequest) -> DeadlineExceeded:
-        """The error of a request whose deadline has passed, with what kept it from being answered."""
-        reasons = [f"{hop.engine}: {hop.error}" for hop in item.hops]
         failure = self._models.failures().get(request.model)
-        if failure is not None:
-            reasons.append(f"{self._models.engine.name}: {failure}")
-        return DeadlineExceeded(f"the request's deadline passed ({'; '.join(reasons)})" if reasons else None)
+        return Ending.late(item, *([] if failure is None else [f"{self._models.engine.name}: {failure}"]))

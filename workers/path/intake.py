@@ -197,22 +197,28 @@ class Intake:
         else:
             self._outbox.add(decision)
 
-    # -- what runs and is not wanted any longer ---------------------------------------------------------------------
+    # -- what is not wanted any longer --------------------------------------------------------------------------------
 
     def tend(self) -> None:
-        """End what runs and is not wanted any longer, and let the engine know."""
+        """End what is here and not wanted any longer; where it runs, let the engine know."""
         self._outbox.tell_again()
-        running = self.table.all(State.RUNNING)
-        if not running:
+        held = self.table.all(State.RUNNING, State.WAITING, State.ALONE, State.RESTING)
+        if not held:
             return
-        gone = self._context.delivery.cancelled_among([item.id for item in running])
-        now = self._context.clock()
-        for item in running:
-            ending = Ending.cancelled(item) if item.id in gone else self._expiry.unwanted(item, now)
+        gone = self._context.delivery.cancelled_among([item.id for item in held])
+        now, ended = self._context.clock(), dict[InFlight, State]()
+        for item in held:
+            ending = Ending.cancelled(item) if item.id in gone else self._expiry.late(item, now)
             if ending is not None:
+                ended[item] = item.state
                 self._outbox.add(ending)
+        self._waiting.remove({item for item, state in ended.items() if state is State.WAITING})
+        for item, state in ended.items():
+            if state is State.RUNNING:
                 self._abort(item)
         self._outbox.flush()
+        if State.ALONE in ended.values():  # others may go on
+            self._execution.pump()
 
     def _abort(self, item: InFlight) -> None:
         """Let the engine know that a request is not wanted; it knows requests by their ids.

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from shared.contract import EngineName
-from shared.errors import Cancelled, FleetError
+from shared.errors import Cancelled, DeadlineExceeded, FleetError
 from workers.requests.inflight import InFlight
 
 
@@ -75,6 +75,14 @@ class Ending:
     def failed(cls, item: InFlight, error: FleetError) -> Ending:
         """It failed for good."""
         return cls(item, End.FAILURE, error)
+
+    @classmethod
+    def late(cls, item: InFlight, *reasons: str) -> Ending:
+        """Its deadline has passed; ``reasons`` are what kept it from being answered, beside engines that failed."""
+        kept = [*(f"{hop.engine}: {hop.error}" for hop in item.hops), *reasons]
+        return cls.failed(
+            item, DeadlineExceeded(f"the request's deadline passed ({'; '.join(kept)})" if kept else None)
+        )
 
     @classmethod
     def cancelled(cls, item: InFlight) -> Ending:

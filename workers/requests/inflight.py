@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
-from shared import wire
+from shared import keys, wire
 from shared.contract import DEFAULT_TENANT, LATEST, TASK_NAME, Hop, InferenceRequest
 from shared.errors import BadRequest, PayloadTooLarge, UndecodableMessage
 from shared.identity import given_content
@@ -174,6 +174,11 @@ class InFlight:
     def tenant(self) -> str:
         """Whose request it is."""
         return self.request.tenant if self.request is not None else DEFAULT_TENANT
+
+    @property
+    def list_name(self) -> str:
+        """The list that it was claimed from: its lease says whether that was its tenant's lane."""
+        return keys.list_of(self.queue, self.priority, self.lease.partition("/")[2] or DEFAULT_TENANT)
 
     @property
     def eta(self) -> float | None:

@@ -6,15 +6,18 @@ Where this stands in a request's way: ``docs/life-of-a-request.md``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from shared import keys, wire
-from shared.errors import DeadLettered, UndecodableMessage
+from shared.errors import BadRequest, DeadLettered, UndecodableMessage
 from shared.limits import LimitsInForce
 from workers.broker.delivery import Delivery, Swept
 from workers.ends.settler import Settler, oldest_in_front
 from workers.requests.ending import End, Ending
 from workers.requests.inflight import InFlight
+from workers.routing.late import LateRequests
 
 logger = logging.getLogger(__name__)
 
@@ -23,19 +26,30 @@ AT_ONCE = 256
 
 
 class Sweeper:
-    """Run it every second on every worker's loop; it needs no lock."""
+    """Run it every second on every worker's loop; it needs no lock. ``clock`` tells seconds since the epoch."""
 
-    def __init__(self, delivery: Delivery, settler: Settler, limits: LimitsInForce) -> None:
+    def __init__(
+        self, delivery: Delivery, settler: Settler, limits: LimitsInForce, clock: Callable[[], float] = time.time
+    ) -> None:
         self._delivery = delivery
         self._settler = settler
         self._limits = limits
+        self._clock = clock
+        self._late = LateRequests(delivery, settler, limits, clock)
 
-    def sweep(self) -> float | None:
-        """Sweep once; returns the seconds until something is due next, where this worker is to watch for it."""
+    def sweep(self, *, look: bool = True) -> float | None:
+        """Sweep once; returns the seconds until something is due next, where this worker is to watch for it.
+
+        Who watches ends what is late as well and, where it is to ``look``, reads what waits for when that is late.
+        """
         next_due, swept = self._delivery.sweep()
         if swept:
             self._end([self.ending_of(message) for message in swept])
-        return next_due
+        if next_due is None:
+            return None
+        if look:
+            self._late.look()
+        return min(next_due, self._late.end())
 
     def _end(self, endings: Sequence[Ending]) -> None:
         """Each that may have a canvas by itself: where that cannot be told, the others have their ends."""
@@ -60,6 +74,13 @@ class Sweeper:
         except UndecodableMessage as error:
             return Ending.refused(InFlight.unreadable(swept.lease, queue, swept.payload, error), error)
         item = InFlight(swept.lease, queue, envelope["headers"], envelope["properties"], envelope["body"], 0.0)
+        with suppress(BadRequest):  # who claims it says so
+            args, kwargs, item.embed = item.decode()
+            item.request = item.validated(args, kwargs)
+            if item.expires is not None and item.expires <= self._clock():
+                return Ending.expired(item)
+            if item.request.expired(self._clock()):
+                return Ending.late(item)
         if item.deliveries + 1 < self._limits.now.max_deliveries:
             return Ending.redelivery(item)
         reason = f"delivered {item.deliveries + 1} times, and no worker lived to answer it"

@@ -6,9 +6,10 @@ from typing import Any
 
 import redis
 
-from shared import keys
+from shared import keys, wire
+from shared.contract import InferenceRequest, Inputs
 from shared.settings import FleetSettings
-from workers.broker.delivery import RedisDelivery, Settlement
+from workers.broker.delivery import Deadline, RedisDelivery, Settlement
 
 FLEET = FleetSettings()
 LIST = keys.list_of("fake", 3)
@@ -112,3 +113,67 @@ def test_more_expired_leases_than_a_sweep_takes_keep_their_order(redis_client: r
         sweeper.settle([Settlement.give_back(one.lease) for one in reversed(swept)])
 
     assert order(redis_client) == list(range(2500))
+
+
+# -- late requests ----------------------------------------------------------------------------------------------------
+
+
+def request_of(number: int) -> bytes:
+    """A message as our client writes it."""
+    request = InferenceRequest(id=f"r{number}", model="echo", inputs=Inputs(prompt="x" * 500))
+    return wire.encode_request(request, "fake", sent=1.0)
+
+
+def test_what_is_late_is_found_wherever_it_is_on_a_long_list(redis_client: redis.Redis) -> None:
+    """No script looks at more than a part of it; whoever watches comes again at once until all of it is found."""
+    sweeper = worker(redis_client)
+    redis_client.lpush(LIST, *map(request_of, range(9000)))
+    late = [0, 1, 4500, 8998, 8999]
+    sweeper.deadlines([Deadline(f"r{number}", LIST, 1.0) for number in late])
+    found, again, scripts = [], 0.0, 0
+    while again == 0:
+        again, swept = sweeper.late()
+        found += [one.payload for one in swept]
+        scripts += 1
+        redis_client.rpop(LIST)  # others claim and submit meanwhile
+        redis_client.lpush(LIST, request_of(9000 + scripts))
+
+    assert found == [request_of(number) for number in late]
+    assert 4 <= scripts <= 8
+    assert redis_client.exists(keys.DEADLINES) == 0
+
+
+def foreign(number: int) -> bytes:
+    """A message of another sender."""
+    return b'{"body": "", "headers": {"id": "f%d"}, "properties": {"correlation_id": "f%d"}}' % (number, number)
+
+
+def seen(sweeper: RedisDelivery) -> list[bytes]:
+    """What a look finds, and those that follow it at once."""
+    found, more = list[bytes](), True
+    while more:
+        more, messages = sweeper.unread()
+        found += [message for _, message in messages]
+    return found
+
+
+def test_what_others_have_sent_is_looked_at_once(redis_client: redis.Redis) -> None:
+    """The oldest first, in parts; what was claimed or was late meanwhile makes no other look at it again."""
+    sweeper = worker(redis_client)
+    redis_client.lpush(LIST, *map(foreign, range(700)), *map(request_of, range(2500)), foreign(700))
+    assert seen(sweeper) == list(map(foreign, range(701)))
+    redis_client.lpush(LIST, foreign(701), request_of(9999), foreign(702))
+    redis_client.rpop(LIST, 100)
+    assert seen(sweeper) == [foreign(701), foreign(702)]
+
+    sweeper.deadlines([Deadline("f702", LIST, 1.0)])
+    while not sweeper.late()[1]:
+        pass
+    redis_client.lpush(LIST, foreign(703))
+    assert seen(sweeper) == [foreign(703)]
+    redis_client.delete(LIST)
+    redis_client.lpush(LIST, foreign(704))
+    assert seen(sweeper) == [foreign(704)]
+    redis_client.delete(LIST)
+    assert seen(sweeper) == []
+    assert redis_client.exists(keys.LOOKED) == 0

@@ -235,3 +235,54 @@ def test_what_hops_together_keeps_its_order():
 
     on_the_other = fleet.broker.queues.waiting()[LIST.replace("fake", "pytorch")]
     assert [orjson.loads(message)["headers"]["id"] for message in on_the_other] == ["a", "b", "c"]
+
+
+def test_what_was_claimed_ahead_is_told_when_it_is_late():
+    """While the batch before it takes longer than its like; the same goes for what was cancelled."""
+    fleet, worker = start()
+    submit(fleet, "a", "b", "c")
+    worker.turn()
+    worker.runners[FAKE].complete()
+    worker.turn()
+    submit(fleet, "e", "f", "g")
+    worker.turn()
+    fleet.submit("late", deadline=fleet.clock() + 1.5)
+    submit(fleet, "gone", "patient")
+    worker.turn()
+    assert waiting(fleet) == []
+    fleet.cancel("gone")
+    fleet.pass_time(2)
+    worker.tend()
+    worker.turn()
+
+    assert fleet.error("late").startswith("DeadlineExceeded")
+    assert fleet.status("gone") == "REVOKED"
+    assert [item.id for item in worker.intakes[FAKE].table.all(State.WAITING)] == ["patient"]
+    worker.runners[FAKE].complete()
+    worker.turn()
+    assert running(worker) == [["patient"]]
+    assert fleet.broker.deadlines == {}
+
+
+@pytest.mark.parametrize("state", [State.ALONE, State.RESTING])
+def test_what_waits_in_another_way_is_told_when_it_is_late(state: State):
+    """A last try that waits until nothing else runs, which then goes on; and a request that rests after an error."""
+    fleet = MemoryFleet(settings_of(FAKE, retry={"backoff_ms": 5000.0}, max_deliveries=3))
+    worker = fleet.worker(FAKE, slots=4)
+    if state is State.ALONE:
+        submit(fleet, "a")
+        worker.turn()
+    fleet.submit("late", deadline=fleet.clock() + 6, deliveries=2 if state is State.ALONE else 0)
+    worker.turn()
+    if state is State.RESTING:
+        worker.runners[FAKE].complete(EngineBusy())
+        worker.turn()
+    assert worker.intakes[FAKE].table.count(state) == 1
+    fleet.clock.advance(6)
+    worker.tend()
+    worker.turn()
+
+    assert fleet.error("late").startswith("DeadlineExceeded")
+    submit(fleet, "b")
+    worker.turn()
+    assert ["b"] in running(worker)

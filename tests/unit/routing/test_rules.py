@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import orjson
 import pytest
 
@@ -271,3 +273,60 @@ def test_a_hop_carries_what_failed():
     ending = ending_of(FallbackDecision(OTHER, error), item_of(), here=FAKE, now=100.0)
 
     assert (ending.end, ending.to, ending.here, ending.error, ending.at) == (End.HOP, OTHER, FAKE, error, 100.0)
+
+
+# -- what is late -----------------------------------------------------------------------------------------------------
+
+
+def test_what_waits_is_told_by_who_sweeps(fleet: MemoryFleet):
+    """Our client's requests by their deadlines, others' by what is read of them; the engines that failed are named."""
+    worker, now = fleet.worker(OTHER), fleet.clock()
+    fleet.submit("ours", deadline=now + 3)
+    fleet.submit("theirs", ours=False, deadline=now + 3)
+    expires = datetime.fromtimestamp(now + 2, UTC).isoformat()
+    fleet.submit("expiring", ours=False, headers={"expires": expires}, deadline=now + 3)
+    fleet.submit("patient", ours=False)
+    assert worker.sweeper.sweep() == 2.25
+    fleet.pass_time(3.25)
+    worker.sweeper.sweep(look=False)
+
+    assert fleet.error("ours").startswith("DeadlineExceeded: The request's deadline passed")
+    assert fleet.error("theirs").startswith("DeadlineExceeded")
+    assert fleet.status("expiring") == "REVOKED"
+    assert ids_of(fleet) == ["patient"]
+    assert (fleet.broker.deadlines, fleet.broker.leases) == ({}, {})
+    assert fleet.answers("ours") == 1
+
+
+def test_what_a_dead_worker_had_is_not_delivered_again_when_it_is_late(fleet: MemoryFleet):
+    worker = fleet.worker(FAKE)
+    fleet.submit("a", deadline=fleet.clock() + 3)
+    worker.delivery.claim("fake", 1)
+    fleet.pass_time(LEASE_SECONDS)
+    worker.sweeper.sweep()
+
+    assert fleet.error("a").startswith("DeadlineExceeded")
+    assert fleet.broker.deadlines == {}
+
+
+def test_a_sender_that_asks_for_nonsense_is_told_by_who_claims(fleet: MemoryFleet):
+    """A look passes over what has no time that it can read, and over what is no request at all."""
+    worker = fleet.worker(OTHER)
+    for number, expires in enumerate(["soon", [], -1e300]):
+        fleet.submit(f"r{number}", ours=False, headers={"expires": expires})
+    fleet.broker.queues.push(LIST, b"no JSON", front=False)
+    worker.sweeper.sweep()
+
+    assert fleet.broker.deadlines == {}
+    assert len(fleet.broker.queues.waiting()[LIST]) == 4
+
+
+def test_what_is_delayed_past_its_deadline_is_told_at_its_deadline(fleet: MemoryFleet):
+    worker = fleet.worker(FAKE)
+    eta = datetime.fromtimestamp(fleet.clock() + 60, UTC).isoformat()
+    fleet.submit("a", headers={"eta": eta}, deadline=fleet.clock() + 2)
+    worker.turn()
+    fleet.pass_time(2.25)
+    worker.sweeper.sweep()
+
+    assert fleet.error("a").startswith("DeadlineExceeded")

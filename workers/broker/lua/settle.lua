@@ -13,6 +13,7 @@
 -- KEYS[5]  muai:underway        zset request id -> when it was submitted, ms
 -- KEYS[6]  muai:delayed         hash request id -> the lease under which it waits for its time
 -- KEYS[7]  muai:contents        hash request id -> digest of its content, while it is under way
+-- KEYS[8]  muai:deadlines       zset request id, newline, list -> its deadline, ms
 -- ARGV[1]  JSON: { ttl            seconds that results and reply streams are kept
 --                  dead_capacity  most dead letters kept
 --                  delayed        prefix of delayed leases
@@ -30,6 +31,8 @@
 --   front    true: in front of everything that waits there; false: behind it
 --   reason   the message becomes a dead letter, with this reason
 --   due      ms since the epoch: the message waits until then
+--   deadline ms since the epoch: its request is not wanted after that, and
+--   entry    the name under which that was noted: it goes with the message, and ends with the request
 -- A cancelled request that goes on to another list goes there all the same: it is ended where it is claimed next, by whoever
 -- then holds it, and tells the rest of its canvas.
 -- Returns  a number a lease: 0 it was no longer held; 1 written; 2 the record of a cancellation stands, 3 that of an answer
@@ -75,6 +78,11 @@ local function settle(it)
     end
   end
   settled[#settled + 1] = it.lease
+  if it.deadline then
+    redis.call('ZREM', KEYS[8], it.entry)
+    local on = it.list ~= '=' and it.list or (it.list or it.due) and list
+    if on then redis.call('ZADD', KEYS[8], it.deadline, string.match(it.entry, '^.-\n') .. on) end
+  end
   local record, written = payload(it.record), DONE
   if it.result then
     record, written = record_result(it.result, record)

@@ -22,7 +22,7 @@
 -- ARGV[4]  what makes the ids of these leases unlike all others, should the broker have lost its last writes
 -- ARGV[5]  who sweeps
 -- ARGV[6]  ms that the watch lasts
--- Returns  { ms until the next one is due (-1: none, or another worker watches), lease id, list name .. newline .. message, ... }
+-- Returns  { ms until the next one is due (-1: none, -2: another worker watches), lease id, list name .. newline .. message, ... }
 redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
 local LOOKED_AT, RELEASED, BYTES, AT_ONCE = 20000, 5000, 16777216, 100
 local FRONT, MEMORY = 50000, 600
@@ -141,9 +141,11 @@ if not watcher then
   redis.call('SET', KEYS[6], ARGV[5], 'PX', ARGV[6])
   watcher = ARGV[5]
 end
-local next = watcher == ARGV[5] and redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES') or {}
+local next = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')
 if more then
   out[1] = 0
+elseif watcher ~= ARGV[5] then
+  out[1] = -2
 elseif #next == 2 then
   out[1] = math.max(0, next[2] - now)
 end
