@@ -8,7 +8,7 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import redis
 from celery import Celery
@@ -16,10 +16,9 @@ from celery.worker import state
 
 from shared.broker import connect
 from shared.contract import EngineName
-from shared.errors import ConfigurationError, MissingDependency
 from shared.limits import Limits, LimitsInForce
-from shared.registry import EngineInfo, ServedModel, WorkerInfo, WorkerRegistry
-from shared.settings import ModelSpec, Settings
+from shared.registry import WorkerInfo, WorkerRegistry
+from shared.settings import Settings
 from shared.signing import Signer
 from workers.broker.delivery import RedisDelivery
 from workers.broker.lease_ids import LeaseTokens
@@ -27,14 +26,13 @@ from workers.broker.leases import LeaseKeeper
 from workers.devices.devices import Devices
 from workers.ends.canvas import Canvas
 from workers.ends.settler import Settler
-from workers.engines import engine_class
-from workers.models.manager import ModelEvent, ModelManager
-from workers.models.parity import ParityGate
 from workers.observe.celery_events import CeleryEvents
 from workers.observe.observers import Observers
-from workers.path.intake import Intake, IntakeContext
-from workers.path.runner import BatchRunner, ContinuousRunner, EngineRunner, Event, Finished
+from workers.path.execution import Loop
+from workers.path.intake import IntakeContext
 from workers.process.announcing import Announcer, LiveWorkers
+from workers.process.queues import LateEngines
+from workers.process.roster import Roster
 from workers.process.stopping import Stopping
 from workers.routing.doubts import Doubts
 from workers.routing.rescuer import Rescuer
@@ -70,17 +68,20 @@ class Fleet:
         self.announcer = Announcer(
             self.client, settings.fleet, self.registry, self.live, self.delivery, self.describe, self.rescuer.look
         )
-        self.intakes: dict[str, Intake] = {}
-        self._runners: list[EngineRunner] = []
+        self.roster = Roster(settings, self.limits, self.client, self.devices, self.observers)
+        self.intakes = self.roster.intakes
         self.stopping = Stopping(
             self.client, self.delivery, self.leases, self.devices, self.observers, self.announcer,
-            self.intakes.values(), self._runners, self.tend,
+            self.intakes.values(), self.roster.runners, self.tend,
         )  # fmt: skip
         self._app = app
-        self._absent: dict[EngineName, str] = {}
-        self._coming: list[EngineName] = []
+        self._late = LateEngines(self.roster, self.devices)
+        self._context = IntakeContext(
+            settings, self.limits, self.delivery, self.leases, self.observers, self.settler, self.worker_id,
+            self.live, self.live.refresh, self.announcer.announce_now, state.revoked, time.time,
+        )  # fmt: skip
+        self._loop: Loop | None = None
         self._ready = False
-        self._queues: tuple[str, ...] = ()
         self._started = time.time()
 
     # -- start ------------------------------------------------------------------------------------------------------
@@ -96,26 +97,16 @@ class Fleet:
         them can run here, :class:`NoDeviceAvailable` where the GPUs that they need are not to be had.
         """
         named = [EngineName(queue) for queue in queues if queue in set(EngineName)]
-        engines = self._installed(named)
-        consumed = self._app.amqp.queues
+        engines = self.roster.installed(named)
         if absent := [name.value for name in named if name not in engines]:
-            consumed.deselect(absent)
-        self._queues = tuple(consumed.consume_from)
+            self._app.amqp.queues.deselect(absent)
         self.leases.start()
         self.devices.acquire(engines, check=state.maybe_shutdown)
-        context = IntakeContext(
-            self.settings, self.limits, self.delivery, self.leases, self.observers, self.settler, self.worker_id,
-            self.live, self.live.refresh, self.announcer.announce_now, state.revoked, time.time,
-        )  # fmt: skip
-        self._coming = list(engines)
+        self.roster.expects(engines)
         self.announcer.start()
         for name in engines:
-            self._add(name, context)
-        self._coming.clear()
-        preload = self.settings.monitoring.server.preload_models
-        for runner in self._runners:
-            runner.start([model for model in preload if runner.models.declares(model)])
-        for runner in self._runners:
+            self.roster.add(self.roster.models_of(name), self._context)
+        for runner in self.roster.runners:
             while not runner.loaded.wait(LOAD_POLL_SECONDS):
                 state.maybe_shutdown()
         self.devices.start(self.fail)
@@ -126,103 +117,53 @@ class Fleet:
         gc.collect()
         gc.freeze()
 
+    def attach(self, loop: Loop) -> None:
+        """A loop is about to run: settle what was left over, and take requests."""
+        self._loop = loop
+        self.tend()
+        for intake in self.intakes.values():
+            intake.attach(loop)
+
     def consuming(self) -> None:
-        """The loop has begun to take requests: say so."""
-        if not self._ready:
-            self._ready = True
-            self.announcer.announce_now()
-
-    def _installed(self, engines: Sequence[EngineName]) -> list[EngineName]:
-        """Those of the engines whose libraries are here."""
-        found = []
-        for name in engines:
-            if not self.settings.optimization.engine_enabled(name):
-                raise ConfigurationError(f"the {name} engine is switched off (optimization.{name}.enabled)")
-            availability = engine_class(name).availability(self.settings)
-            if availability.ok:
-                found.append(name)
-            else:
-                self._absent[name] = f"the {name} engine cannot run here: {availability.reason}. {availability.remedy}"
-        if engines and not found:
-            raise MissingDependency("; ".join(self._absent.values()))
-        for reason in self._absent.values():
-            logger.error("%s; the other engines serve", reason)
-        return found
-
-    def _add(self, name: EngineName, context: IntakeContext) -> None:
-        gate = ParityGate(name, self.settings, self.client)
-        models = ModelManager(engine_class(name)(self.settings), self.settings, self.limits, gate)
-
-        def report(event: Event) -> None:
-            if isinstance(event, Finished):
-                self.devices.saw(event.outcome)
-            self.intakes[name.value].report(event)
-
-        def changed(event: ModelEvent) -> None:
-            self.observers.post("model_changed", name, event)
-
-        models.on_event = changed
-        kind = BatchRunner if models.engine.slots is None else ContinuousRunner
-        runner = kind(models, report, lambda: self.observers.listens("tokens_made"))
-        self.intakes[name.value] = Intake(name.value, runner, context)
-        self._runners.append(runner)
+        """The loop takes requests, and perhaps of other queues than before: say so."""
+        self._ready = True
+        self.announcer.announce_now()
 
     # -- while it runs ----------------------------------------------------------------------------------------------
 
     def describe(self) -> WorkerInfo:
         """What this worker announces."""
-        limits = self.limits.now
-        batch = limits.batcher.max_batch_size if limits.batcher.enabled else 1
-        engines = tuple(
-            EngineInfo(
-                name=runner.models.engine.name,
-                features=tuple(sorted(runner.models.engine.features)),
-                models=runner.models.status(),
-                max_batch_size=runner.models.engine.slots or batch,
-                failed={name: str(error)[:500] for name, error in runner.models.failures().items()},
-            )
-            for runner in list(self._runners)
-        )
-        known = {info.name for info in engines}
-        engines += tuple(
-            EngineInfo(
-                name=name,
-                features=tuple(sorted(engine_class(name).features)),
-                models={model: ServedModel(kinds=spec.kinds) for model, spec in self._declared(name).items()},
-            )
-            for name in self._coming
-            if name not in known
-        )
-        engines += tuple(
-            EngineInfo(name=name, failed=dict.fromkeys(self._declared(name), reason))
-            for name, reason in self._absent.items()
-        )
+        queues = tuple(self._app.amqp.queues.consume_from)
         return WorkerInfo(
             id=self.worker_id,
             host=platform.node(),
             pid=os.getpid(),
             started=self._started,
-            queues=self._queues,
-            engines=engines,
+            queues=queues,
+            engines=self.roster.announced(queues),
             in_flight=sum(intake.in_flight for intake in list(self.intakes.values())),
-            limits=limits,
+            limits=self.limits.now,
             quiet_seconds={
                 runner.models.engine.name: seconds
-                for runner in self._runners
+                for runner in list(self.roster.runners)
                 if (seconds := runner.progress.quiet_seconds()) is not None
             },
             ready=self._ready,
             loading={
                 runner.models.engine.name: model
-                for runner in self._runners
+                for runner in list(self.roster.runners)
                 if (model := runner.models.loading) is not None
             },
             gpus=self.devices.gpus,
             gpu_problems=self.devices.problems,
         )
 
-    def _declared(self, engine: EngineName) -> dict[str, ModelSpec]:
-        return {name: spec for name, spec in self.settings.models.catalog.items() if spec.served_by(engine)}
+    def take_on(self, engine: EngineName, then: Callable[[], None]) -> None:
+        """Have another engine while this worker runs; ``then`` is called when its queue may be consumed.
+
+        Raises :class:`FleetError` where it cannot be had here.
+        """
+        self._late.take_on(engine, then)
 
     def tend(self) -> None:
         """Show that the loop lives; end what other workers have taken over and what nobody wants. Called often."""
@@ -232,6 +173,8 @@ class Fleet:
             if lost:
                 intake.forget(lost)
             intake.tend()
+        if self._loop is not None:
+            self._late.arrive(self._context, self._loop)
         self.observers.deliver()
 
     # -- stop -------------------------------------------------------------------------------------------------------

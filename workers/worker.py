@@ -10,19 +10,29 @@ import sys
 from functools import partial
 from typing import Any
 
+import click
 from billiard.common import REMAP_SIGTERM
 from celery import platforms, signals
 from celery.apps.worker import Worker, safe_say
-from celery.platforms import EX_FAILURE, EX_OK
+from celery.platforms import EX_FAILURE, EX_OK, EX_USAGE
 from celery.utils.log import in_sighandler
+from celery.utils.text import str_to_list
 from celery.worker import state
 
+from shared.errors import ConfigurationError
 from workers.fleet import Fleet
+from workers.process.queues import check_names
 
 logger = logging.getLogger(__name__)
 
 LAST_RESORT_SECONDS = 10.0
 """How long after the grace the process is ended from outside the interpreter, whatever it hangs in."""
+
+
+class WrongUsage(click.ClickException):
+    """The command line cannot be obeyed: its program says why in one line, and ends."""
+
+    exit_code = EX_USAGE
 
 
 class FleetWorker(Worker):
@@ -41,6 +51,15 @@ class FleetWorker(Worker):
         """The fleet of this worker's app."""
         fleet: Fleet = self.app.fleet
         return fleet
+
+    def setup_queues(self, include: Any, exclude: Any = None) -> None:
+        """Choose the queues of the command line; one that does not exist ends the worker with a line that says so."""
+        named = [*(str_to_list(include) or ()), *(str_to_list(exclude) or ())]
+        try:
+            check_names(named, self.app.amqp.queues)
+        except ConfigurationError as error:
+            raise WrongUsage(error.message) from None
+        super().setup_queues(include, exclude)
 
     def install_platform_tweaks(self, worker: Any) -> None:
         """Celery's signals, and over them what SIGTERM, SIGINT and SIGQUIT mean here."""

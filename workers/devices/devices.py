@@ -102,6 +102,17 @@ class Devices:
                 waited += POLL_SECONDS + time.monotonic() - looked
             time.sleep(POLL_SECONDS)
 
+    def lack_of(self, engine: EngineName) -> str:
+        """Why an engine cannot have the GPUs that it needs of a worker that runs; empty where it can or needs none."""
+        demand = demand_of(self._optimization, filter(self._uses_cuda, [engine]))
+        enough = len(self.gpus) >= demand.count and not demand.positions
+        if not self._settings.enabled or enough or not self._detect(self._environ.get("CUDA_VISIBLE_DEVICES")).gpus:
+            return ""
+        return (
+            f"it needs {demand.count} GPUs ({demand.why}), which a worker leases at its start, and this one has "
+            f"{len(self.gpus)}; start another: celery -A workers worker -Q {engine}"
+        )
+
     def _acquire(self, demand: Demand, gpus: Sequence[Gpu]) -> bool:
         candidates = candidates_of(demand, gpus)
         if len(candidates) < demand.count:

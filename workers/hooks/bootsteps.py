@@ -62,10 +62,8 @@ class IntakeStep(bootsteps.StartStopStep):
         fleet = fleet_of(consumer.app)
         gc.collect()  # what the connection before needed is half a megabyte of cycles, which nothing else collects soon
         fleet.delivery.scripts.attach(hub)
-        fleet.tend()
+        fleet.attach(hub)
         hub.call_repeatedly(TEND_SECONDS, fleet.tend)
-        for intake in fleet.intakes.values():
-            intake.attach(hub)
         interval = fleet.settings.fleet.sweep_seconds
         again: Any = None
 

@@ -14,6 +14,7 @@ from celery.worker.consumer import Consumer
 from shared.contract import TASK_NAME
 from shared.errors import BadRequest, FleetError, UndecodableMessage
 from workers.fleet import Fleet
+from workers.hooks import commands  # noqa: F401  # takes the place of Celery's commands of the same names
 from workers.requests.ending import Ending
 from workers.requests.inflight import LONGEST_NAMES, InFlight
 
@@ -63,6 +64,16 @@ class FleetConsumer(Consumer):
             return
         logger.error("a command of type %.100r is passed over: %s", message.content_type, type(exc).__name__)
         message.ack()
+
+    def add_task_queue(self, queue: str, *args: Any, **kwargs: Any) -> None:
+        """Consume from another queue, and let the fleet know."""
+        super().add_task_queue(queue, *args, **kwargs)
+        self.fleet.consuming()
+
+    def cancel_task_queue(self, queue: str) -> None:
+        """Consume from a queue no longer, and let the fleet know: what waits there is for others."""
+        super().cancel_task_queue(queue)
+        self.fleet.consuming()
 
     def refuse(self, message: Any, error: FleetError) -> None:
         """Give a message up: its sender is told, and it is kept among the dead letters."""

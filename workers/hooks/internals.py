@@ -80,6 +80,14 @@ RELIED_UPON: Mapping[str, Mapping[str, str]] = {
         "celery.worker.consumer.consumer.Consumer.ensure_connected": "overridden: tries again every 2 s",
         "celery.worker.consumer.consumer.Consumer.on_connection_error_after_connected": "overridden: pauses",
         "celery.worker.consumer.consumer.Consumer.create_task_handler": "calls what is overridden above",
+        "celery.worker.consumer.consumer.Consumer.add_task_queue": "overridden: the fleet is told",
+        "celery.worker.consumer.consumer.Consumer.cancel_task_queue": "overridden: the fleet is told",
+    },
+    "workers/hooks/commands.py": {
+        "celery.worker.control.Panel._register": "a command of a name takes the place of the one before",
+        "celery.worker.control.add_consumer": "ours takes its place",
+        "celery.worker.control.cancel_consumer": "ours takes its place",
+        "celery.app.amqp.Queues.consume_from": "which queues are consumed",
     },
     "workers/hooks/bootsteps.py": {
         "celery.bootsteps.StartStopStep.start": "overridden, as documented",
@@ -96,6 +104,7 @@ RELIED_UPON: Mapping[str, Mapping[str, str]] = {
     "workers/worker.py": {
         "celery.apps.worker.Worker.install_platform_tweaks": "overridden: our signal handlers over Celery's",
         "celery.platforms.Signals.__setitem__": "installs a handler",
+        "celery.worker.worker.WorkController.setup_queues": "overridden: checks the names of the command line",
         "celery.apps.worker.Worker.start": "overridden: what follows the end",
         "celery.apps.worker.Worker.stop": "overridden: the fleet stops first",
         "celery.apps.worker.Worker.terminate": "overridden: the fleet stops first",

@@ -63,7 +63,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[st
         said = eventually(lambda: re.search(r"export REDIS_URL='(\S+)'", (folder / "up.log").read_text()))
         environ["REDIS_URL"] = said[1]
         with Client(settings=load_settings(config, environ)) as client:
-            eventually(lambda: any("onnx" in w.queues for w in client.fleet()), 500, "the fleet")
+            eventually(lambda: any(w.ready and "onnx" in w.queues for w in client.fleet()), 500, "the fleet")
         yield folder, environ
     finally:
         process.send_signal(signal.SIGINT)
