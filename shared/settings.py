@@ -141,6 +141,18 @@ class BreakerSettings(Section):
     longest_rest_seconds: PositiveSeconds = Field(300.0, description="Longest rest.")
 
 
+class WatchdogSettings(Section):
+    """When an engine is taken to hang: its worker gives its requests back, and ends for its supervisor."""
+
+    enabled: bool = Field(True, description="Whether engines are watched.")
+    idle_seconds: PositiveSeconds = Field(
+        300.0, description="How long a call or a load may make no progress while the worker's processes do nothing."
+    )
+    busy_seconds: PositiveSeconds = Field(
+        3600.0, description="How long a call may make no token and finish no request though something computes."
+    )
+
+
 class RetrySettings(Section):
     """Errors that pass by themselves are tried again on the same engine before the request hops."""
 
@@ -242,6 +254,7 @@ class OptimizationSettings(Section):
     fake: FakeSettings = FakeSettings()
     retry: RetrySettings = RetrySettings()
     breaker: BreakerSettings = BreakerSettings()
+    watchdog: WatchdogSettings = WatchdogSettings()
     parity: ParitySettings = ParitySettings()
     devices: DevicesSettings = DevicesSettings()
     batcher: BatcherSettings = BatcherSettings()

@@ -31,6 +31,7 @@ from workers.observe.observers import Observers
 from workers.path.execution import Loop
 from workers.path.intake import IntakeContext
 from workers.process.announcing import Announcer, LiveWorkers
+from workers.process.guard import Guard
 from workers.process.queues import LateEngines
 from workers.process.roster import Roster
 from workers.process.stopping import Stopping
@@ -80,6 +81,7 @@ class Fleet:
             settings, self.limits, self.delivery, self.leases, self.observers, self.settler, self.worker_id,
             self.live, self.live.refresh, self.announcer.announce_now, state.revoked, time.time,
         )  # fmt: skip
+        self._guard = Guard(settings.optimization.watchdog, self.roster, self.fail)
         self._loop: Loop | None = None
         self._ready = False
         self._started = time.time()
@@ -108,6 +110,7 @@ class Fleet:
             self.roster.add(self.roster.models_of(name), self._context)
         for runner in self.roster.runners:
             while not runner.loaded.wait(LOAD_POLL_SECONDS):
+                self._guard.look()
                 state.maybe_shutdown()
         self.devices.start(self.fail)
         self.observers.post("gpus_changed", self.devices.gpus, self.devices.problems)
@@ -173,6 +176,7 @@ class Fleet:
             if lost:
                 intake.forget(lost)
             intake.tend()
+        self._guard.look()
         if self._loop is not None:
             self._late.arrive(self._context, self._loop)
         self.observers.deliver()

@@ -74,6 +74,11 @@ SCENARIOS = {
         full={"holds": 50, "seconds": 10.0, "long": 30.0, "ids": 1500},
         short={"holds": 2, "seconds": 7.0, "long": 9.0, "ids": 50},
     ),
+    "hanging-engine": Scenario(
+        stalls.hanging_engine,
+        full={"hangs": 5, "idle": 5.0, "ids": 1000},
+        short={"hangs": 1, "idle": 2.0, "ids": 60},
+    ),
     "rolling-restart": Scenario(
         stops.rolling_restart,
         full={"workers": 4, "rounds": 3, "ids": 1500},

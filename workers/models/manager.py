@@ -57,7 +57,7 @@ class ModelManager:
         self._lock = threading.Lock()
         self._on_tokens: OnTokens | None = None
         self.loading: str | None = None
-        """The model that is being loaded."""
+        """The model that is being loaded, or tried again."""
         self.on_change: Callable[[], None] = lambda: None
         self.on_event: Callable[[ModelEvent], None] = lambda event: None
 
@@ -146,6 +146,7 @@ class ModelManager:
             if breaker.state is not State.OPEN or time.monotonic() < breaker.due:
                 continue
             model = self._loaded.get(name)
+            self.loading = name
             try:
                 if model is not None and model.alive:
                     self._parity[name] = self._check(model)
@@ -157,6 +158,8 @@ class ModelManager:
                 breaker.try_again()  # half open: the next failure opens it again, for longer
                 self.failed(name, failure)
                 continue
+            finally:
+                self.loading = None
             breaker.try_again()
             back = True
             logger.info("%s: %s is back", self.engine.name, name)
@@ -201,10 +204,16 @@ class ModelManager:
         return {name: error for name, breaker in self._breakers.items() if (error := breaker.error) is not None}
 
     def _load(self, spec: ModelSpec, on_trial: bool = False) -> LoadedModel:
+        self.loading = spec.name
+        try:
+            return self._load_anew(spec, on_trial)
+        finally:
+            self.loading = None
+
+    def _load_anew(self, spec: ModelSpec, on_trial: bool) -> LoadedModel:
         while len(self._loaded) >= (most := self._limits.now.max_cached):
             self.unload(next(iter(self._loaded)), f"max_cached ({most}) reached")
         started = time.perf_counter()
-        self.loading = spec.name
         try:
             model = self.engine.load(spec)
             try:
@@ -224,8 +233,6 @@ class ModelManager:
             if not on_trial:
                 self.failed(spec.name, failure)
             raise failure from error
-        finally:
-            self.loading = None
         self._loaded[spec.name] = model
         model.on_death = partial(self.failed, spec.name)
         model.on_tokens = self._on_tokens

@@ -67,6 +67,8 @@ class Intake:
         self.queue = queue
         self.engine: EngineName = runner.models.engine.name
         self.accepting = True
+        self.hung = False
+        """Whether the engine hangs: what it runs is left to its lease, which counts as a delivery when it lapses."""
         self.table = RequestTable()
         self._runner = runner
         self._context = context
@@ -259,7 +261,7 @@ class Intake:
         self.accepting = False
         self._take_done()
         self._take_reports()
-        running = self.table.all(State.RUNNING) if hurry else []
+        running = self.table.all(State.RUNNING) if hurry and not self.hung else []
         held = self.table.all(State.CLAIMED, State.ASKING)
         waited = self._waiting.drain()
         self._execution.put_back([*running, *held, *waited, *self.table.all(State.RESTING, State.ALONE)])
@@ -269,4 +271,4 @@ class Intake:
             logger.warning("%d requests did not end in time and go back to %s", len(running), self.queue)
         self._outbox.flush()
         self._outbox.tell_again()
-        return self.in_flight == 0
+        return self.in_flight == (self.table.count(State.RUNNING) if self.hung else 0)

@@ -24,6 +24,15 @@ class Progress:
         self._running: dict[str, InFlight] = {}
         self._last = float("-inf")
 
+    @property
+    def last(self) -> float | None:
+        """When what runs has begun or made something last, by the steady clock; ``None`` where nothing runs."""
+        return self._last if self._running else None
+
+    def step(self) -> None:
+        """The engine has finished something of what runs."""
+        self._last = time.monotonic()
+
     def begin(self, items: Iterable[InFlight]) -> None:
         """The engine is given these."""
         self._last = time.monotonic()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import queue
+import sys
 import threading
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -96,6 +98,12 @@ class EngineRunner(ABC):
         """Whether the engine batches by itself, so that requests are to be given to it one by one."""
         return self.models.engine.slots is not None
 
+    @property
+    def frames(self) -> str:
+        """Where the thread is now, without what it works on."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        return "".join(traceback.format_stack(frame)) if frame is not None else ""
+
     def start(self, preload: Sequence[str]) -> None:
         """Start the thread; ``preload`` is loaded first and :attr:`loaded` is set after it."""
         self._preload = preload
@@ -144,6 +152,7 @@ class EngineRunner(ABC):
         """Run a batch, or let it run."""
 
     def _finish(self, item: InFlight, outcome: Result, batch_size: int, started: float) -> None:
+        self.progress.step()
         name = _model_of(item)
         if isinstance(outcome, EngineOutput):
             self.models.succeeded(name)
