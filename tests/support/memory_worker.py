@@ -186,7 +186,7 @@ class MemoryWorker:
         self.name = name
         self.engines = engines
         self.limits = LimitsInForce(Limits.of(settings))
-        self.delivery = MemoryDelivery(fleet.broker, settings.fleet, self.limits)
+        self.delivery = MemoryDelivery(fleet.broker, settings.fleet, self.limits, affinity=name)
         self.leases = MemoryLeases(fleet.broker, settings.fleet)
         self.witness = Witness()
         self.observers = Observers([self.witness])

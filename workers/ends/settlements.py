@@ -94,6 +94,10 @@ def _delay(ending: Ending, _: Sequence[Any]) -> Settlement:
 
 def _give_back(ending: Ending, _: Sequence[Any]) -> Settlement:
     item = ending.item
+    if ending.worker:
+        message = wire.amended(item.envelope(item.queue), header={"passed": list(dict.fromkeys(ending.passed))})
+        lane = keys.list_of(item.queue, item.priority, item.tenant, ending.worker)
+        return Settlement(item.lease, push_list=lane, push_message=message, push_front=True)
     if not ending.redelivered:
         return Settlement.give_back(item.lease)
     message = wire.amended(item.envelope(item.queue), header={"deliveries": item.deliveries + 1})

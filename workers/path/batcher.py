@@ -23,9 +23,6 @@ PATIENCE_SHARE = 0.125
 SMOOTHING = 0.3
 """Weight of the newest batch in the running mean of durations."""
 
-FORGETTING = 1.1
-"""By what factor the shortest duration may grow with each batch that took longer."""
-
 
 class FlushReason(StrEnum):
     """Why a batch was formed."""
@@ -81,7 +78,6 @@ class _Group(Generic[T]):
 class _History:
     size: int = 1
     duration: float = 0.0
-    least: float = 0.0
 
 
 class Batcher(Generic[T]):
@@ -125,20 +121,14 @@ class Batcher(Generic[T]):
 
     def finished(self, key: Hashable, size: int, duration: float) -> None:
         """Learn from a batch that ran: how many it had and how many seconds it took."""
-        history = self._history.setdefault(key, _History(size, duration, duration))
+        history = self._history.setdefault(key, _History(size, duration))
         history.size = size
-        history.least = min(duration, FORGETTING * history.least)
         history.duration += SMOOTHING * (duration - history.duration)
 
     def expected_duration(self, key: Hashable) -> float | None:
         """How many seconds a batch of this key usually takes; ``None`` where none has run."""
         history = self._history.get(key)
         return None if history is None else history.duration
-
-    def least_duration(self, key: Hashable) -> float:
-        """How many seconds a batch of this key took at the least, lately; 0 where none has run."""
-        history = self._history.get(key)
-        return 0.0 if history is None else history.least
 
     def remove(self, unwanted: Callable[[T], bool]) -> list[T]:
         """Take out the waiting requests for which ``unwanted`` is true."""

@@ -79,7 +79,7 @@ class Conclusion:
     def _answered(self, item: InFlight, done: Finished, output: EngineOutput) -> Ending:
         now = self._clock()
         if item.request is not None:
-            self._waiting.answered(item.request, output.usage.prompt_tokens)
+            self._waiting.answered(item, item.request, output.usage.prompt_tokens, done.ran_ms / 1000, now)
         result = result_of(done, output, self._fallback.engine, self._worker_id, now)
         encoded, most = wire.dumps(result), self._limits.now.max_result_bytes
         if len(encoded) > most:

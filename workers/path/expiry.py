@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 
+from shared.contract import InferenceRequest
 from shared.errors import DeadlineExceeded
 from workers.models.manager import ModelManager
 from workers.path.waiting_room import WaitingRoom
@@ -12,12 +13,24 @@ from workers.requests.inflight import InFlight
 
 
 class Expiry:
-    """Judges the requests of one engine. ``revoked`` holds the ids that an operator has revoked on this worker."""
+    """Judges the requests of one engine. ``revoked`` holds the ids that an operator has revoked on this worker.
 
-    def __init__(self, models: ModelManager, waiting: WaitingRoom, revoked: Container[str]) -> None:
+    ``another`` is a worker that may still do in time what this one, ``here``, cannot.
+    """
+
+    def __init__(
+        self,
+        models: ModelManager,
+        waiting: WaitingRoom,
+        revoked: Container[str],
+        here: str,
+        another: Callable[[InFlight, InferenceRequest], str | None],
+    ) -> None:
         self._models = models
         self._waiting = waiting
         self._revoked = revoked
+        self._here = here
+        self._another = another
 
     def unwanted(self, item: InFlight, now: float) -> Ending | None:
         """How a request ends that nobody wants at ``now`` (seconds since the epoch); ``None`` where it is wanted."""
@@ -26,10 +39,13 @@ class Expiry:
         request = item.request
         if request is None or request.deadline is None or item.started:
             return None
-        if request.expired(now + (takes := self._waiting.least_seconds(request))):
-            text = f"the deadline cannot be met: such requests take {takes:.3f} s or more"
-            return Ending.failed(item, DeadlineExceeded(text))
-        return None
+        takes = self._waiting.least_seconds(request, now)
+        if takes is None or not request.expired(now + takes):
+            return None
+        if (worker := self._another(item, request)) is not None:
+            return Ending.passed_on(item, self._here, worker)
+        text = f"the deadline cannot be met: such requests take {takes:.3f} s or more"
+        return Ending.failed(item, DeadlineExceeded(text))
 
     def late(self, item: InFlight, now: float) -> Ending | None:
         """The same, going by nothing but the time."""

@@ -74,11 +74,11 @@ class Intake:
         self._context = context
         self._outbox = Outbox(context.settler, self.table)
         self._waiting = waiting = WaitingRoom(runner.models.engine, context.limits)
-        self._expiry = Expiry(runner.models, waiting, context.revoked)
         fallback = Fallback(
             self.engine, runner.models, context.settings, context.worker_id, context.live_workers, context.refresh,
             context.clock,
         )  # fmt: skip
+        self._expiry = Expiry(runner.models, waiting, context.revoked, context.worker_id, fallback.another)
         self._admission = Admission(
             self.table, context.delivery, context.leases, self._outbox, context.observers, runner.models, waiting,
             self._expiry, fallback, context.limits, self._wait,

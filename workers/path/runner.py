@@ -20,7 +20,7 @@ from enum import Enum
 
 from shared.contract import InferenceRequest
 from shared.errors import BadRequest, EngineError, EngineOutOfMemory, FleetError
-from workers.engines.base import ContinuousModel, EngineOutput
+from workers.engines.base import ContinuousModel, EngineOutput, LoadedModel
 from workers.engines.common.quotes import discreet, told, traceback_of
 from workers.models.manager import ModelManager
 from workers.path.batcher import Batch
@@ -34,7 +34,7 @@ Result = EngineOutput | FleetError
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A member's outcome. ``batch_size`` is how many ran side by side."""
+    """A member's outcome. ``batch_size`` is how many ran side by side, ``ran_ms`` for how long, without loading."""
 
     item: InFlight
     outcome: Result
@@ -44,7 +44,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class BatchDone:
-    """All members of a batch are through. ``seconds`` is how long it ran."""
+    """All members of a batch are through. ``seconds`` is how long it ran: loading its model is no part of that."""
 
     batch: Batch[InFlight]
     seconds: float
@@ -84,6 +84,7 @@ class EngineRunner(ABC):
         self._inbox: queue.SimpleQueue[Batch[InFlight] | _Signal] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"engine-{models.engine.name}", daemon=True)
         self._preload: Sequence[str] = ()
+        self._loading = 0.0
         self.loaded = threading.Event()
         models.on_change = self._changed
         models.on_tokens = self.progress.tell
@@ -151,6 +152,14 @@ class EngineRunner(ABC):
     def _accept(self, batch: Batch[InFlight]) -> None:
         """Run a batch, or let it run."""
 
+    def _ready(self, name: str) -> LoadedModel:
+        """The model, loaded where it was not; :attr:`_loading` grows by the seconds that it took to be ready."""
+        started = time.perf_counter()
+        try:
+            return self.models.get(name)
+        finally:
+            self._loading += time.perf_counter() - started
+
     def _finish(self, item: InFlight, outcome: Result, batch_size: int, started: float) -> None:
         self.progress.step()
         name = _model_of(item)
@@ -181,11 +190,11 @@ class BatchRunner(EngineRunner):
     """Runs batches one after the other."""
 
     def _accept(self, batch: Batch[InFlight]) -> None:
-        started = time.perf_counter()
+        started, self._loading = time.perf_counter(), 0.0
         self.progress.begin(batch.items)
         self._attempt(_model_of(batch.items[0]), batch.items, len(batch.items))
         self.progress.end(batch.items)
-        self._report(BatchDone(batch, time.perf_counter() - started))
+        self._report(BatchDone(batch, time.perf_counter() - started - self._loading))
 
     def _attempt(self, name: str, items: Sequence[InFlight], batch_size: int) -> None:
         """Run ``items`` together. When the engine fails on all, run parts by themselves: the bad member fails alone."""
@@ -201,7 +210,8 @@ class BatchRunner(EngineRunner):
 
         error: FleetError
         try:
-            model = self.models.get(name)
+            model = self._ready(name)
+            started = time.perf_counter()
             model.infer(_requests(items), emit)
             if not open_members:
                 return
@@ -244,6 +254,7 @@ class ContinuousRunner(EngineRunner):
 
         try:
             model = self.models.get(_model_of(item))
+            started = time.perf_counter()
             if not isinstance(model, ContinuousModel) or request is None:
                 raise BadRequest("the request cannot join what runs")
             model.submit(request, done)

@@ -8,6 +8,7 @@ from shared.contract import InferenceRequest
 from shared.limits import Limits, LimitsInForce
 from workers.engines.base import Engine
 from workers.path.batcher import Batch, Batcher, BatchLimits
+from workers.path.run_times import RunTimes
 from workers.requests.inflight import InFlight
 from workers.requests.sizes import TokenEstimator
 
@@ -24,6 +25,7 @@ class WaitingRoom:
         self._limits = limits.now
         self._batcher: Batcher[InFlight] = Batcher(self._batch_limits(self._limits))
         self._sizes = TokenEstimator(self._limits.batcher.length_buckets)
+        self._times = RunTimes()
 
     def __len__(self) -> int:
         return len(self._batcher)
@@ -74,23 +76,33 @@ class WaitingRoom:
         """The engine is through with a batch."""
         self._batcher.finished(batch.key, len(batch.items), seconds)
 
-    def answered(self, request: InferenceRequest, prompt_tokens: int) -> None:
-        """The engine says how many tokens the prompt had."""
+    def answered(
+        self, item: InFlight, request: InferenceRequest, prompt_tokens: int, seconds: float, now: float
+    ) -> None:
+        """The engine says how many tokens the prompt had, and how many seconds the request ran until ``now``."""
+        self._times.ran(self._like(request), seconds, item.started, now)
         self._sizes.learn(request, prompt_tokens)
 
     def usual_seconds(self, batch: Batch[InFlight]) -> float | None:
         """How long such a batch takes; ``None`` where none has run."""
         return self._batcher.expected_duration(batch.key)
 
-    def least_seconds(self, request: InferenceRequest) -> float:
-        """How long such a request takes at the least, lately; 0 where none has run."""
-        return self._batcher.least_duration(self._key(request))
+    def least_seconds(self, request: InferenceRequest, now: float) -> float | None:
+        """How long the quickest of such requests has run lately; ``None`` where too little is known of late."""
+        return self._times.least(self._like(request), now)
 
     # -- rules ------------------------------------------------------------------------------------------------------
 
     def _key(self, request: InferenceRequest) -> Hashable:
         """Requests with the same key may share a batch."""
         return request.model, self._engine.compatibility(request), self._sizes.bucket(request)
+
+    def _like(self, request: InferenceRequest) -> Hashable:
+        """Requests that take about as long share this: those of like sizes, each within a factor of two."""
+        inputs = request.inputs
+        read, texts = inputs.characters().bit_length(), len(inputs.texts or ()).bit_length()
+        written = request.params.max_tokens.bit_length() if request.generates else 0
+        return request.model, self._engine.compatibility(request), read, texts, written
 
     def _refreshed(self) -> Batcher[InFlight]:
         limits = self._in_force.now

@@ -51,7 +51,8 @@ class Ending:
     """How one request ends. Build one with the methods, which say what each way needs.
 
     ``error`` is what its caller is told, or, where it hops, what failed here (``None``: nothing did); ``reason`` what
-    an operator is told of a dead letter, where that is something else. ``at`` is in seconds since the epoch.
+    an operator is told of a dead letter, where that is something else. ``at`` is in seconds since the epoch. ``worker``
+    should have it next, after those that it has ``passed``.
     """
 
     item: InFlight
@@ -65,6 +66,8 @@ class Ending:
     at: float = 0.0
     reason: str = ""
     redelivered: bool = False
+    worker: str = ""
+    passed: tuple[str, ...] = ()
 
     @classmethod
     def answered(cls, item: InFlight, result: Mapping[str, Any], encoded: bytes, seconds: float) -> Ending:
@@ -113,6 +116,11 @@ class Ending:
     def given_back(cls, item: InFlight) -> Ending:
         """It returns to the front of its queue as it was."""
         return cls(item, End.GIVE_BACK)
+
+    @classmethod
+    def passed_on(cls, item: InFlight, here: str, worker: str) -> Ending:
+        """It returns to the front of its queue for another ``worker``: the one ``here`` cannot answer it in time."""
+        return cls(item, End.GIVE_BACK, worker=worker, passed=(*item.passed, here))
 
     @classmethod
     def redelivery(cls, item: InFlight) -> Ending:

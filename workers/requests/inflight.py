@@ -27,6 +27,9 @@ _CORRELATION = re.compile(rb'"correlation_id": ?"([^"\\]{1,128})"')
 LARGEST_READ = 64 * 1024 * 1024
 """Bytes of a message that is refused, up to which it is read for whoever waits on what follows it."""
 
+MOST_PASSED = 4
+"""Workers that a request is passed on by: where so many cannot answer it in time, no other is asked."""
+
 LONGEST_NAMES = 200
 """Characters that are shown of names that a sender chose."""
 
@@ -73,6 +76,7 @@ class InFlight:
         "hops",
         "id",
         "lease",
+        "passed",
         "priority",
         "properties",
         "queue",
@@ -119,6 +123,7 @@ class InFlight:
         self.hops = _hops(own.get("hops"))
         deliveries = own.get("deliveries")
         self.deliveries = deliveries if isinstance(deliveries, int) else 0  # workers that were lost over it
+        self.passed = _workers(own.get("passed"))  # workers that could not have answered it in time
         priority = properties.get("priority")
         self.priority = priority if isinstance(priority, int) else 0
 
@@ -296,6 +301,13 @@ def _hops(value: object) -> list[Hop]:
         return [Hop.model_validate(hop) for hop in value] if isinstance(value, list) else []
     except ValidationError:
         return []
+
+
+def _workers(value: object) -> tuple[str, ...]:
+    """The ids in a header; what is no list of ids names nobody."""
+    if not isinstance(value, list):
+        return ()
+    return tuple(name for name in value[:MOST_PASSED] if isinstance(name, str))
 
 
 def _timestamp(value: object) -> float | None:

@@ -14,7 +14,7 @@ from shared.routing import chain, choose, tried
 from shared.settings import Settings
 from workers.models.manager import ModelManager
 from workers.requests.ending import Ending
-from workers.requests.inflight import InFlight
+from workers.requests.inflight import MOST_PASSED, InFlight
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +102,22 @@ class Fallback:
             if error is not None and refusal is unavailable:
                 raise EngineError(f"{self.engine}: {error}; {unavailable}") from None
             raise refusal from None
+
+    def another(self, item: InFlight, request: InferenceRequest) -> str | None:
+        """Another live worker of this queue that has not said yet that it cannot answer the request in time.
+
+        Where none is known it is asked for: what follows is a refusal.
+        """
+        if len(item.passed) >= MOST_PASSED:
+            return None
+        left = self._untold(item, request)
+        if not left:
+            self._refresh(item.sent)
+            left = self._untold(item, request)
+        return min(left, key=lambda worker: (worker.in_flight, hash((item.id, worker.id)))).id if left else None
+
+    def _untold(self, item: InFlight, request: InferenceRequest) -> list[WorkerInfo]:
+        return [worker for worker in self._peers(request) if worker.id not in item.passed]
 
     def carried_out(self, decision: FallbackDecision, item: InFlight, now: float) -> Ending:
         """The decision as the request's way on, which is logged. ``now`` is in seconds since the epoch."""

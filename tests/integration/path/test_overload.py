@@ -102,6 +102,18 @@ def test_a_deadline_that_cannot_be_met_costs_the_engine_nothing(make_fleet) -> N
     assert "cannot be met" in outcome.message  # which is said before the deadline; what is said after it is another
 
 
+def test_a_model_that_is_loaded_for_the_first_batch_refuses_nobody(make_fleet) -> None:
+    """Loading is not run time, neither in what a worker learns of it nor in what it says of a batch."""
+    fleet = make_fleet(optimization={"fake": {"load_ms": 3000}})
+    fleet.start_worker()
+    first = fleet.client.submit(ECHO).result(30)
+
+    outcomes = [fleet.client.submit(ECHO, timeout=1.5).outcome(10) for _ in range(5)]
+
+    assert all(isinstance(outcome, InferenceResult) for outcome in outcomes)
+    assert first.metadata["timing"]["engine_ms"] < 1000 < first.latency_ms
+
+
 def test_an_id_that_others_send_twice_runs_once_at_a_time(make_fleet, redis_client) -> None:
     """A plain Celery app sends the same id several times, while it runs and after: one run, one result for all."""
     fleet = make_fleet(optimization={"fake": {"latency_ms": 700}})

@@ -78,6 +78,15 @@ def test_a_redelivery_is_counted_in_the_message():
     assert wire.own_header(orjson.loads(found.push_message)["headers"])["deliveries"] == 2
 
 
+def test_a_request_that_is_passed_on_waits_where_the_other_worker_looks_first():
+    """In front, with the names of those that could not answer it in time, each once."""
+    item = item_of(tenant="acme", header_muai={"v": 1, "passed": ["w1", "w2"]})
+    found = settlement_of(Ending.passed_on(item, "w1", "w3"))
+
+    assert (found.push_list, found.push_front) == (keys.list_of("fake", 3, "acme", "w3"), True)
+    assert wire.own_header(orjson.loads(found.push_message)["headers"])["passed"] == ["w1", "w2"]
+
+
 def test_a_delay_is_in_milliseconds_and_a_duplicate_is_nothing():
     assert settlement_of(ENDINGS[End.DELAY](item_of())) == Settlement("7", request_id="a", due_ms=12500)
     assert settlement_of(ENDINGS[End.DUPLICATE](item_of())) == Settlement("7")
