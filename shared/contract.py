@@ -223,6 +223,11 @@ class InferenceRequest(Value):
         return self.kind not in (Kind.EMBED, Kind.CLASSIFY, Kind.RERANK)
 
     @property
+    def rows(self) -> int:
+        """How many sequences a model reads for it: each of its texts, or one."""
+        return len(self.inputs.texts or ()) if _NEEDED_INPUT[self.kind] == "texts" else 1
+
+    @property
     def features(self) -> frozenset[Feature]:
         """What it needs of an engine beyond its kind."""
         return features_of(self)

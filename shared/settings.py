@@ -129,7 +129,7 @@ class FakeSettings(Section):
 
     enabled: bool = Field(True, description="Whether workers may serve the fake queue.")
     latency_ms: Annotated[float, Field(ge=0.0)] = Field(0.0, description="How long a batch takes.")
-    per_item_ms: Annotated[float, Field(ge=0.0)] = Field(0.0, description="How much longer for each member.")
+    per_item_ms: Annotated[float, Field(ge=0.0)] = Field(0.0, description="How much longer for each row of it.")
     load_ms: Annotated[float, Field(ge=0.0)] = Field(0.0, description="How long loading a model takes.")
 
 
@@ -196,8 +196,12 @@ class DevicesSettings(Section):
 class BatcherSettings(Section):
     """Micro-batching."""
 
-    enabled: bool = Field(True, description="Off: every request runs by itself.")
-    max_batch_size: Positive = Field(32, description="Most requests in a batch.")
+    enabled: bool = Field(
+        True, description="Off: every request runs by itself, in parts where it has more rows than a batch holds."
+    )
+    max_batch_size: Positive = Field(
+        32, description="Most rows in a batch: a request has one, or one for each of its texts."
+    )
     batch_timeout_ms: Annotated[float, Field(ge=0.0)] = Field(50, description="Longest wait for a batch to fill.")
     adaptive_batching: bool = Field(True, description="Run a partial batch at once when waiting cannot pay.")
     min_batch_size: Positive = Field(1, description="A batch smaller than this waits for its timeout.")

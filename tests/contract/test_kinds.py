@@ -15,6 +15,7 @@ from shared.errors import ContextTooLong, EngineLoadError, UnsupportedKind
 from shared.settings import ModelSpec, Settings
 from tests.contract.told import check_progress, check_texts
 from tests.support.engines import ENGINES, prompts, run
+from tests.support.items import item_of
 from tests.support.tiny_models import (
     CONTEXT,
     PREFIX,
@@ -25,6 +26,7 @@ from tests.support.tiny_models import (
 from workers.engines import engine_class
 from workers.engines.base import EngineOutput, LoadedModel
 from workers.engines.onnx.files import META
+from workers.requests.rows import Part, Rows
 
 TEXTS = 40
 MAX_TOKENS = 10
@@ -247,3 +249,36 @@ def test_a_listener_hears_of_rewriting_and_scoring(load, engine: str) -> None:
     """The tokens of each text under its own index; a long classification makes progress without tokens."""
     check_texts(load(engine, "t5", kinds=["summarize", "translate"]))
     check_progress(load(engine, "three", kinds=["classify"]), Kind.CLASSIFY)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [("bert", ["embed"]), ("three", ["classify"]), ("score", ["rerank"]), ("t5", ["summarize", "translate"])],
+)
+def test_a_request_that_runs_in_parts_is_answered_as_in_one(load, engine: str, name: str, kinds: list[str]) -> None:
+    """What can be told before is: which text does not fit, and how long an embedding is."""
+    model = load(engine, name, kinds=kinds)
+    kind = Kind(kinds[0])
+    query = {"query": "which?"} if kind is Kind.RERANK else {}
+    request = ask(kind, prompts(TEXTS), params={"max_tokens": MAX_TOKENS}, **query)
+    rows = Rows(request, [1] * TEXTS)
+    parts = [Part(item_of(), rows, first, min(TEXTS, first + 16)) for first in range(0, TEXTS, 16)]
+
+    (whole,) = run(model, [request], 1)
+    answers = [rows.answer(part, *run(model, [part.request], 1), 1.0, 1) for part in parts]  # type: ignore[call-arg]
+
+    joined = answers[-1]
+    assert isinstance(whole, EngineOutput)
+    assert joined is not None
+    assert joined.usage == whole.usage
+    for key, value in whole.outputs.items():
+        if key in ("embeddings", "scores"):
+            assert np.abs(np.array(value) - np.array(joined.outputs[key])).max() < 1e-5
+        elif key != "order":  # near ties may change places
+            assert joined.outputs[key] == value
+    model.check(request)
+    with pytest.raises(ContextTooLong):
+        model.check(ask(kind, [*prompts(3), "x" * (CONTEXT + 1)], **query))
+    if kind is Kind.EMBED and engine != "deepspeed":
+        assert model.dimensions == whole.outputs["dimensions"]

@@ -10,6 +10,15 @@ from shared import keys, wire
 from shared.contract import EngineName, InferenceRequest
 from tests.support.memory_worker import MODEL, REPLY
 from workers.requests.inflight import InFlight
+from workers.requests.rows import Part, Rows
+
+
+def whole(item: InFlight) -> Part:
+    """All of a request that is read, as a batch has it."""
+    if item.request is None:
+        raise ValueError("it has no request")
+    item.rows = Rows(item.request, [1] * item.request.rows)
+    return Part(item, item.rows, 0, len(item.rows))
 
 
 def item_of(request_id: str = "a", *, lease: str = "7", claimed: float = 1_800_000_000.0, **fields: Any) -> InFlight:

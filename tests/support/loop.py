@@ -14,7 +14,7 @@ class ManualLoop:
     """As much of kombu's hub as :class:`workers.path.execution.Loop` names, by a clock that a test moves.
 
     As there, what is called soon twice before a turn is called once, and an error drops what else was to be called in
-    the same turn.
+    the same turn. ``on_tick`` is called between what is called soon and what that has called soon.
     """
 
     def __init__(self, clock: ManualClock) -> None:
@@ -22,6 +22,7 @@ class ManualLoop:
         self._soon: dict[Any, tuple[Any, ...]] = {}
         self._timers: list[tuple[float, int, Callable[..., Any], tuple[Any, ...]]] = []
         self._numbers = count()
+        self.on_tick: Callable[[], object] = lambda: None
 
     def call_soon(self, callback: Any, *args: Any) -> None:
         self._soon[callback] = args
@@ -40,6 +41,7 @@ class ManualLoop:
             soon, self._soon = self._soon, {}
             for callback, args in soon.items():
                 callback(*args)
+            self.on_tick()
             if self._timers and self._timers[0][0] <= self._clock():
                 _, _, callback, args = heapq.heappop(self._timers)
                 callback(*args)

@@ -45,7 +45,9 @@ def settings_of(*engines: EngineName, **limits: Any) -> Settings:
             engine_preference=engines,
             **{name: limits.pop(name) for name in ("batcher", "retry", "breaker") if name in limits},
         ),
-        models=ModelsSettings(catalog={MODEL: ModelSpec(path="fake", kinds=(Kind.GENERATE,), engines=engines)}),
+        models=ModelsSettings(
+            catalog={MODEL: ModelSpec(path="fake", kinds=(Kind.GENERATE, Kind.EMBED), engines=engines)}
+        ),
         fleet=FleetSettings(lease_seconds=LEASE_SECONDS, **limits),
     )
 

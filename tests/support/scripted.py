@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shared.contract import EngineName, Usage
+from shared.contract import EngineName, Kind, Usage
 from shared.errors import FleetError
 from shared.limits import LimitsInForce
 from shared.settings import Settings
 from workers.engines.base import EngineOutput
-from workers.engines.fake import FakeEngine
+from workers.engines.fake import FakeEngine, answer
 from workers.models.manager import ModelManager
 from workers.path.batcher import Batch
 from workers.path.runner import BatchDone, EngineRunner, Finished, Report
 from workers.requests.inflight import InFlight
+from workers.requests.rows import Part
 
 ANSWER = EngineOutput({"text": "tac", "token_ids": [], "finish_reason": "stop"}, Usage(prompt_tokens=3))
 
@@ -22,9 +23,9 @@ ANSWER = EngineOutput({"text": "tac", "token_ids": [], "finish_reason": "stop"},
 class Run:
     """A batch in the engine's hands. ``unreported`` are its members whose outcome was not said yet."""
 
-    batch: Batch[InFlight]
-    unreported: list[InFlight] = field(default_factory=list)
-    aborted: set[InFlight] = field(default_factory=set)
+    batch: Batch[Part]
+    unreported: list[Part] = field(default_factory=list)
+    aborted: set[Part] = field(default_factory=set)
 
 
 class ScriptedRunner(EngineRunner):
@@ -37,10 +38,10 @@ class ScriptedRunner(EngineRunner):
         super().__init__(models, report)
         self.loaded.set()
         self.runs: list[Run] = []
-        self.submitted: list[Batch[InFlight]] = []
+        self.submitted: list[Batch[Part]] = []
         self.aborted: list[InFlight] = []
 
-    def submit(self, batch: Batch[InFlight]) -> None:
+    def submit(self, batch: Batch[Part]) -> None:
         self.submitted.append(batch)
         self.runs.append(Run(batch, list(batch.items)))
 
@@ -50,12 +51,12 @@ class ScriptedRunner(EngineRunner):
         for run in self.runs:
             run.aborted |= {member for member in run.unreported if member.id == item.id}
 
-    def finish(
-        self, run: Run, item: InFlight, outcome: EngineOutput | FleetError = ANSWER, seconds: float = 0.01
-    ) -> None:
-        """Report one member."""
-        run.unreported.remove(item)
-        self._report(Finished(item, outcome, len(run.batch.items), seconds * 1000))
+    def finish(self, run: Run, part: Part, outcome: EngineOutput | FleetError = ANSWER, seconds: float = 0.01) -> None:
+        """Report one member; what has texts is answered as the fake engine would."""
+        run.unreported.remove(part)
+        if outcome is ANSWER and part.request.kind is not Kind.GENERATE:
+            outcome = answer(part.request)
+        self._report(Finished(part, outcome, len(run.batch.items), seconds * 1000))
 
     def end(self, run: Run, seconds: float = 0.01) -> None:
         """Report the end of a batch all of whose members were reported."""
@@ -67,11 +68,11 @@ class ScriptedRunner(EngineRunner):
     def complete(self, outcome: EngineOutput | FleetError = ANSWER) -> None:
         """Report everything that runs, and the ends of the batches."""
         for run in list(self.runs):
-            for item in list(run.unreported):
-                self.finish(run, item, outcome)
+            for part in list(run.unreported):
+                self.finish(run, part, outcome)
             self.end(run)
 
-    def _accept(self, batch: Batch[InFlight]) -> None:
+    def _accept(self, batch: Batch[Part]) -> None:
         raise NotImplementedError
 
 

@@ -90,6 +90,8 @@ class LoadedModel(ABC):
     kinds: frozenset[Kind]
     max_context: int | None = None
     """Longest sequence (prompt and completion) in tokens; ``None`` where the model has no limit."""
+    dimensions: int | None = None
+    """Numbers in an embedding, where that is known."""
     memory_bytes: int = 0
     precision: str = "float32"
     """Number format of the weights: how closely its answers can be held to those of the reference."""
@@ -130,6 +132,12 @@ class LoadedModel(ABC):
         A member that cannot be served (its prompt is too long, its kind is not served) is emitted as the error and
         leaves the others alone. An exception means that every member not yet emitted failed:
         :class:`~shared.errors.EngineOutOfMemory` for memory, any other for the rest.
+        """
+
+    def check(self, request: InferenceRequest) -> None:
+        """Raise what :meth:`infer` would emit of a request whose texts do not all fit, where that can be told.
+
+        Asked before the first part of a request that runs in parts: no more than what may not fit is looked at.
         """
 
     def abort(self, request_id: str) -> None:

@@ -54,7 +54,7 @@ class FakeModel(LoadedModel):
 
     def _wait(self, requests: Sequence[InferenceRequest]) -> float:
         """Let the configured time pass, which is returned in ms, and tell of it on the way; at least once."""
-        delay = self._settings.latency_ms + self._settings.per_item_ms * len(requests)
+        delay = self._settings.latency_ms + self._settings.per_item_ms * sum(request.rows for request in requests)
         tell = self.telling
         made = [] if tell is None else [NewTokens(request.id, ()) for request in requests]
         started = time.perf_counter()
@@ -100,7 +100,7 @@ def _text(request: InferenceRequest) -> str:
 
 def _of_texts(request: InferenceRequest, texts: Sequence[str]) -> EngineOutput:
     """Vectors and scores that are digests of the texts; texts rewritten like a prompt, from their last character on."""
-    read = request.inputs.characters()
+    read = request.inputs.characters() + (len(texts) - 1) * len(request.inputs.query or "")  # a query beside each text
     outputs: dict[str, object]
     if request.kind in (Kind.SUMMARIZE, Kind.TRANSLATE):
         written = [text[::-1][: request.params.max_tokens] for text in texts]

@@ -61,6 +61,11 @@ class ModelManager:
         self.on_change: Callable[[], None] = lambda: None
         self.on_event: Callable[[ModelEvent], None] = lambda event: None
 
+    @property
+    def limits(self) -> LimitsInForce:
+        """What is in force here."""
+        return self._limits
+
     def get(self, name: str) -> LoadedModel:
         """The model, loaded if it was not; the least recently used one goes where there are too many.
 

@@ -108,7 +108,6 @@ class Admission:
         last_moment = item.last_moment()
         if last_moment is not None:
             self._leases.hold(item.lease, last_moment)
-        item.tokens = self._waiting.tokens(request)
         if item.foreign:
             self._table.move(item, State.ASKING)
         else:

@@ -48,8 +48,11 @@ class Conclusion:
         self._worker_id = worker_id
         self._clock = clock
 
-    def of(self, done: Finished, *, stopping: bool) -> Ending | Pause:
-        """How a request goes on or ends; the engine of a ``stopping`` worker may go before it."""
+    def of(self, done: Finished, *, stopping: bool) -> Ending | Pause | None:
+        """How a request goes on or ends; the engine of a ``stopping`` worker may go before it.
+
+        ``None``: other parts of it are still to run.
+        """
         item = done.item
         try:
             return self._decide(item, done, stopping)
@@ -61,7 +64,7 @@ class Conclusion:
             logger.error("the outcome of request %s cannot be written: %s\n%s", item.id, name, frames(error))
             return Ending.failed(item, EngineError(f"the {engine} engine's answer cannot be written: {name}"))
 
-    def _decide(self, item: InFlight, done: Finished, stopping: bool) -> Ending | Pause:
+    def _decide(self, item: InFlight, done: Finished, stopping: bool) -> Ending | Pause | None:
         outcome = done.outcome
         if isinstance(outcome, EngineOutput):
             return self._answered(item, done, outcome)
@@ -76,17 +79,26 @@ class Conclusion:
             return self._fallback.carried_out(decision, item, self._clock())
         return Ending.failed(item, outcome)
 
-    def _answered(self, item: InFlight, done: Finished, output: EngineOutput) -> Ending:
+    def _answered(self, item: InFlight, done: Finished, part: EngineOutput) -> Ending | None:
+        rows = done.part.rows
+        output = rows.answer(done.part, part, done.ran_ms, done.batch_size)
+        if output is None:
+            self._kept(rows.expected_bytes(), "will be about")  # before the rest of it has run
+            return None
         now = self._clock()
-        if item.request is not None:
-            self._waiting.answered(item, item.request, output.usage.prompt_tokens, done.ran_ms / 1000, now)
-        result = result_of(done, output, self._fallback.engine, self._worker_id, now)
-        encoded, most = wire.dumps(result), self._limits.now.max_result_bytes
-        if len(encoded) > most:
-            raise AnswerTooLarge(
-                f"the answer is {len(encoded)} bytes; at most {most} are kept (fleet.max_result_bytes): ask for less"
-            )
+        self._waiting.answered(item, rows.request, output.usage.prompt_tokens, rows.ran_ms / 1000, now)
+        result = result_of(item, rows, output, self._fallback.engine, self._worker_id, now)
+        encoded = wire.dumps(result)
+        self._kept(len(encoded), "is")
         return Ending.answered(item, result, encoded, now - item.started)
+
+    def _kept(self, size: int, how: str) -> None:
+        """Raise :class:`AnswerTooLarge` where so many bytes are more than are kept."""
+        most = self._limits.now.max_result_bytes
+        if size > most:
+            raise AnswerTooLarge(
+                f"the answer {how} {size} bytes; at most {most} are kept (fleet.max_result_bytes): ask for less"
+            )
 
     def _pause(self, item: InFlight) -> Pause | None:
         """How long to wait before another try; ``None`` where it has had enough, or has no time for one."""

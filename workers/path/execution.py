@@ -6,16 +6,18 @@ The whole way is in ``docs/life-of-a-request.md``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from enum import Enum, auto
 from typing import Any, Protocol
 
 from workers.ends.outbox import Outbox
 from workers.observe.observers import Observers
-from workers.path.batcher import Batch, FlushReason
+from workers.path.batcher import Batch
 from workers.path.expiry import Expiry
 from workers.path.runner import EngineRunner
 from workers.path.waiting_room import ALONE, WaitingRoom
 from workers.requests.ending import Ending
 from workers.requests.inflight import InFlight, State
+from workers.requests.rows import Part
 from workers.requests.table import RequestTable
 
 PREFETCH_WINDOW = 0.02
@@ -24,9 +26,24 @@ PREFETCH_WINDOW = 0.02
 AHEAD_SHARE = 0.25
 """How much more than can run is claimed for an engine that batches by itself, so that no slot waits for the broker."""
 
+CLAIM_SECONDS = 0.02
+"""How long the next part of a request waits for the answer to a claim: others have their turn between two parts."""
 
 TOGETHER_SECONDS = 0.005
 """What begins to rest within this time comes back together: the loop fires few timers at a turn."""
+
+
+class Turn(Enum):
+    """Whether others were let in since the last batch started, where only requests that have begun wait here."""
+
+    DUE = auto()
+    """They were not yet."""
+    OPEN = auto()
+    """The loop's next turn claims, where the queue may hold any."""
+    CLAIMING = auto()
+    """There is room, and it was asked for: a claim is under way."""
+    OVER = auto()
+    """They were."""
 
 
 class Loop(Protocol):
@@ -61,9 +78,11 @@ class Execution:
         self._expiry = expiry
         self._clock = clock
         self._has_peer = has_peer
-        self._batches: dict[Batch[InFlight], float] = {}
+        self._batches: dict[Batch[Part], float] = {}
         self._resting: dict[tuple[float, int], list[InFlight]] = {}
-        self._slots = runner.slots + (int(AHEAD_SHARE * runner.slots) if runner.continuous else 0)
+        self._ahead = int(AHEAD_SHARE * runner.slots) if runner.continuous else 0
+        self._slots = runner.slots + self._ahead
+        self._turn = Turn.DUE
         self._loop: Loop | None = None
         self._timer_at = float("inf")
 
@@ -87,17 +106,24 @@ class Execution:
         if not self._runner.loaded.is_set() or self._exclusive():
             return 0
         if self._runner.continuous:
-            return self._slots - len(self._batches) - len(self._waiting)
+            begun = self._waiting.begun
+            free = self._slots - len(self._batches) - len(self._waiting)
+            return max(free, max(1, self._ahead) - (len(self._waiting) - begun)) if begun else free
         now = self._clock()
         if not all(self._ends_soon(batch, now) for batch in self._batches):
             return 0
-        return self._waiting.most() - len(self._waiting)
+        room = self._waiting.room()
+        if room > 0 and self._turn is Turn.OPEN:
+            self._turn = Turn.CLAIMING
+        return room
 
     def _exclusive(self) -> bool:
         """Whether a request waits to run by itself, or does."""
-        return bool(self._table.count(State.ALONE)) or any(batch.key == ALONE for batch in self._batches)
+        if self._table.count(State.ALONE) or self._waiting.alone:
+            return True
+        return any(batch.key == ALONE for batch in self._batches)
 
-    def _ends_soon(self, batch: Batch[InFlight], now: float) -> bool:
+    def _ends_soon(self, batch: Batch[Part], now: float) -> bool:
         """Whether the batch is about to end, going by its like, and is not overdue."""
         usual = self._waiting.usual_seconds(batch)
         return usual is not None and abs(self._batches[batch] + usual - now) <= PREFETCH_WINDOW
@@ -118,10 +144,12 @@ class Execution:
         """Start what is due, where the engine has room; otherwise come back when something is."""
         now = self._clock()
         if self._exclusive():
-            self._pump_alone(now)
-            return
+            self._let_in_alone(now)
         if self.free and len(self._waiting):
             self._drop_unwanted(now)
+            if self._others_first():
+                self._outbox.flush()
+                return
             while self.free and (batch := self._waiting.next_batch(now)) is not None:
                 self._start(batch, now)
             self._outbox.flush()
@@ -131,15 +159,20 @@ class Execution:
             self._loop.call_later(max(0.0, due - now), self._on_timer)
 
     def _drop_unwanted(self, now: float) -> None:
-        endings = [ending for item in self._waiting if (ending := self._expiry.unwanted(item, now)) is not None]
+        waiting = [item for item in self._waiting if item.state is State.WAITING]
+        endings = [ending for item in waiting if (ending := self._expiry.unwanted(item, now)) is not None]
         self._waiting.remove({ending.item for ending in endings})
         for ending in endings:
             self._outbox.add(ending)
 
-    def _pump_alone(self, now: float) -> None:
-        """Start the one that runs by itself, once nothing else is in this worker's hands."""
+    def _let_in_alone(self, now: float) -> None:
+        """Have the one that runs by itself be due, once nothing else is in this worker's hands.
+
+        What has begun is ended before, part by part.
+        """
         self.put_back([*self._waiting.drain(), *self._table.all(State.CLAIMED, State.ASKING, State.RESTING)])
         idle = not self._batches and not self._table.count(State.RUNNING)  # one that has run may come to rest here
+        idle = idle and not len(self._waiting)
         if idle:
             for item in self._table.all(State.ALONE):
                 if (ending := self._expiry.unwanted(item, now)) is not None:
@@ -147,7 +180,44 @@ class Execution:
         self._outbox.flush(wait=True)  # before it starts: nothing of what was put back is to be lost with this worker
         if idle:
             for item in self._table.all(State.ALONE):
-                self._start(Batch(ALONE, [item], item.tokens, FlushReason.SIZE, now - item.claimed), now)
+                if item.request is not None:
+                    self._waiting.add(item, item.request, now, alone=True)
+
+    # -- others, between two parts of a request ---------------------------------------------------------------------
+
+    def claimed(self) -> None:
+        """A claim has brought what there was."""
+        if self._turn is Turn.CLAIMING:
+            self._turn = Turn.OVER
+
+    def _others_first(self) -> bool:
+        """Whether what has begun waits until the queue was looked at: a batch that ends early is not foreseen."""
+        if self._turn is Turn.OVER or self._runner.continuous or self._exclusive() or self._loop is None:
+            return False
+        if self._waiting.begun < len(self._waiting):
+            return False
+        if self._turn is Turn.DUE:
+            self._turn = Turn.OPEN
+            self._loop.call_soon(self._end_turn)
+        return True
+
+    def _end_turn(self) -> None:
+        """Go on, unless a claim is under way: then with what it brings, or when it takes too long."""
+        if self._turn is Turn.CLAIMING and self._loop is not None:
+            self._loop.call_later(CLAIM_SECONDS, self._go_on)
+        else:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        if self._turn in (Turn.OPEN, Turn.CLAIMING):
+            self._turn = Turn.OVER
+            self.pump()
+
+    def finish(self) -> None:
+        """Start what is left of the requests that have begun: this worker stops, and nothing else is claimed."""
+        now = self._clock()
+        while self.free and (batch := self._waiting.next_batch(now)) is not None:
+            self._start(batch, now)
 
     def _on_timer(self) -> None:
         self._timer_at = float("inf")
@@ -155,13 +225,15 @@ class Execution:
 
     # -- run --------------------------------------------------------------------------------------------------------
 
-    def _start(self, batch: Batch[InFlight], now: float) -> None:
+    def _start(self, batch: Batch[Part], now: float) -> None:
         self._batches[batch] = now
-        for item in batch.items:
+        self._turn = Turn.DUE
+        started = [part.item for part in batch.items if part.item.state is not State.RUNNING]
+        for item in started:
             self._table.move(item, State.RUNNING)
             item.started, item.first_token = now, 0.0
         self._runner.submit(batch)
-        self._observers.tell("batch_started", self._runner.models.engine.name, batch.items)
+        self._observers.tell("batch_started", self._runner.models.engine.name, started)
         self._waiting.started(batch)
         if self._runner.continuous:
             return
@@ -173,7 +245,7 @@ class Execution:
             self._loop.call_later(max(0.0, usual - PREFETCH_WINDOW), self._relieve, batch)
             self._loop.call_later(usual + 1.1 * PREFETCH_WINDOW, self._relieve, batch)
 
-    def _relieve(self, batch: Batch[InFlight]) -> None:
+    def _relieve(self, batch: Batch[Part]) -> None:
         """Where the batch takes longer than its like, let others have what was claimed in good hope."""
         if batch in self._batches and not self._ends_soon(batch, self._clock()):
             self._give_back_waiting()
@@ -189,7 +261,7 @@ class Execution:
         for item in items:
             self._outbox.add(Ending.given_back(item))
 
-    def ended(self, batch: Batch[InFlight], seconds: float) -> None:
+    def ended(self, batch: Batch[Part], seconds: float) -> None:
         """The engine is through with a batch."""
         del self._batches[batch]
         if batch.key != ALONE:
@@ -197,7 +269,7 @@ class Execution:
         self._observers.tell("batch_ended", self._runner.models.engine.name, len(batch.items), seconds)
 
     def rest(self, item: InFlight, seconds: float, then: Callable[[InFlight], None]) -> None:
-        """Let a request that met a passing error rest, and wait again then."""
+        """Let a request that met a passing error rest, and wait again then, with all of its rows."""
         if self._loop is None:
             raise RuntimeError("a request rests on a loop")
         self._table.move(item, State.RESTING)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Container
+from collections.abc import Callable, Collection, Container, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +122,7 @@ class Intake:
         if claim.cancelled and len(self._waiting):
             self._admission.drop_cancelled(claim.cancelled)
         self._outbox.flush()
+        self._execution.claimed()
         self._execution.pump()
 
     def _admit_claimed(self) -> None:
@@ -168,6 +169,8 @@ class Intake:
         self._admit_claimed()
         # A free engine first gets its next batch; then the ends of the last one are written.
         self._take_done()
+        if self._waiting.begun:  # whether it goes on depends on what came of its last part
+            self._take_reports()
         if self._execution.free:
             self._execution.pump()
         self._take_reports()
@@ -191,13 +194,18 @@ class Intake:
                 self._context.observers.tell("tokens_made", self.engine, event.made)
 
     def _conclude(self, done: Finished) -> None:
-        if done.item.state is not State.RUNNING:  # it has ended already, or another worker has it
-            return
+        item = done.item
+        if item.state is not State.RUNNING or done.part.rows is not item.rows:
+            return  # it has ended already, or another worker has it, or it was begun anew
         decision = self._conclusion.of(done, stopping=not self.accepting)
+        if decision is None:
+            return
         if isinstance(decision, Pause):
-            self._execution.rest(done.item, decision.seconds, self._come_back)
+            self._execution.rest(item, decision.seconds, self._come_back)
         else:
             self._outbox.add(decision)
+        if done.part.rows.left and not done.part.whole:
+            self._stop([item])
 
     # -- what is not wanted any longer --------------------------------------------------------------------------------
 
@@ -215,31 +223,33 @@ class Intake:
                 ended[item] = item.state
                 self._outbox.add(ending)
         self._waiting.remove({item for item, state in ended.items() if state is State.WAITING})
-        for item, state in ended.items():
-            if state is State.RUNNING:
-                self._abort(item)
+        self._stop([item for item, state in ended.items() if state is State.RUNNING])
         self._outbox.flush()
         if State.ALONE in ended.values():  # others may go on
             self._execution.pump()
 
-    def _abort(self, item: InFlight) -> None:
-        """Let the engine know that a request is not wanted; it knows requests by their ids.
+    def _stop(self, items: Sequence[InFlight]) -> None:
+        """Run no more of what is not wanted, and let the engine know, which knows requests by their ids.
 
         One that other workers had taken over, and that has come back here, may run under the same id: it is wanted.
         """
-        if not any(other.id == item.id for other in self.table.all(State.RUNNING)):
-            self._runner.abort(item)
+        if not items:
+            return
+        self._waiting.remove(set(items))
+        wanted = {other.id for other in self.table.all(State.RUNNING)}
+        for item in items:
+            if item.id not in wanted:
+                self._runner.abort(item)
 
     def forget(self, leases: Collection[str]) -> None:
         """Drop requests that other workers have taken over: what runs is ended, and nothing is answered."""
         lost = [item for item in self.table if item.lease in leases and item.state is not State.ENDED]
-        self._waiting.remove({item for item in lost if item.state is State.WAITING})
+        self._waiting.remove(set(lost))
+        ran = [item for item in lost if item.state is State.RUNNING]
         for item in lost:
-            ran = item.state is State.RUNNING
             self.table.leave(item)
-            if ran:
-                self._abort(item)
             self._context.observers.tell("lease_lost", item)
+        self._stop(ran)
 
     # -- shutdown ---------------------------------------------------------------------------------------------------
 
@@ -256,6 +266,8 @@ class Intake:
     def wind_up(self, hurry: bool) -> bool:
         """Claim no more, return what waits to the queue, and write what has ended; ``True`` when nothing is left here.
 
+        A request that runs in parts runs: the others follow.
+
         To be called again and again until it is, or there is no more time: then, to ``hurry``, what runs goes back too.
         """
         self.accepting = False
@@ -265,8 +277,8 @@ class Intake:
         held = self.table.all(State.CLAIMED, State.ASKING)
         waited = self._waiting.drain()
         self._execution.put_back([*running, *held, *waited, *self.table.all(State.RESTING, State.ALONE)])
-        for item in running:
-            self._abort(item)
+        self._stop(running)
+        self._execution.finish()
         if running:
             logger.warning("%d requests did not end in time and go back to %s", len(running), self.queue)
         self._outbox.flush()

@@ -6,21 +6,24 @@ from typing import Any
 
 from shared.contract import EngineName
 from workers.engines.base import EngineOutput
-from workers.path.runner import Finished
+from workers.requests.inflight import InFlight
+from workers.requests.rows import Rows
 
 
-def result_of(done: Finished, output: EngineOutput, engine: EngineName, worker_id: str, now: float) -> dict[str, Any]:
+def result_of(
+    item: InFlight, rows: Rows, output: EngineOutput, engine: EngineName, worker_id: str, now: float
+) -> dict[str, Any]:
     """The fields of :class:`shared.contract.InferenceResult`; ``now`` is in seconds since the epoch."""
-    item, usage = done.item, output.usage
+    usage = output.usage
     return {
         "outputs": output.outputs,
         "engine_used": engine,
         "latency_ms": _ms(now - item.sent),
-        "batch_size": done.batch_size,
+        "batch_size": rows.batch_size,
         "cache_hit": output.cache_hit,
         "metadata": {
             **output.metadata,
-            "model": item.request.model if item.request is not None else "",
+            "model": rows.request.model,
             "worker": worker_id,
             "timing": {
                 "queued_ms": _ms(item.claimed - item.sent),
@@ -28,7 +31,7 @@ def result_of(done: Finished, output: EngineOutput, engine: EngineName, worker_i
                 **({"first_token_ms": _ms(item.first_token - item.started)} if item.first_token else {}),
                 "prefill_ms": round(output.prefill_ms, 3),
                 "decode_ms": round(output.decode_ms, 3),
-                "engine_ms": round(done.ran_ms, 3),
+                "engine_ms": round(rows.ran_ms, 3),
             },
             "usage": {
                 "prompt_tokens": usage.prompt_tokens,

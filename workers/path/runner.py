@@ -19,13 +19,15 @@ from dataclasses import dataclass
 from enum import Enum
 
 from shared.contract import InferenceRequest
-from shared.errors import BadRequest, EngineError, EngineOutOfMemory, FleetError
+from shared.errors import AnswerTooLarge, BadRequest, EngineError, EngineOutOfMemory, FleetError
 from workers.engines.base import ContinuousModel, EngineOutput, LoadedModel
 from workers.engines.common.quotes import discreet, told, traceback_of
 from workers.models.manager import ModelManager
 from workers.path.batcher import Batch
 from workers.path.progress import Made, Progress
 from workers.requests.inflight import InFlight
+from workers.requests.rows import Part
+from workers.requests.sizes import least_answer_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -34,19 +36,24 @@ Result = EngineOutput | FleetError
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A member's outcome. ``batch_size`` is how many ran side by side, ``ran_ms`` for how long, without loading."""
+    """What came of a part of a request, after running for ``ran_ms`` (without loading) in a batch of that many."""
 
-    item: InFlight
+    part: Part
     outcome: Result
     batch_size: int
     ran_ms: float
+
+    @property
+    def item(self) -> InFlight:
+        """The request."""
+        return self.part.item
 
 
 @dataclass(frozen=True, slots=True)
 class BatchDone:
     """All members of a batch are through. ``seconds`` is how long it ran: loading its model is no part of that."""
 
-    batch: Batch[InFlight]
+    batch: Batch[Part]
     seconds: float
 
 
@@ -81,7 +88,7 @@ class EngineRunner(ABC):
         self.models = models
         self.progress = Progress(lambda made: report(TokensMade(made)), listens)
         self._report = report
-        self._inbox: queue.SimpleQueue[Batch[InFlight] | _Signal] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Batch[Part] | _Signal] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"engine-{models.engine.name}", daemon=True)
         self._preload: Sequence[str] = ()
         self._loading = 0.0
@@ -110,7 +117,7 @@ class EngineRunner(ABC):
         self._preload = preload
         self._thread.start()
 
-    def submit(self, batch: Batch[InFlight]) -> None:
+    def submit(self, batch: Batch[Part]) -> None:
         """Queue a batch."""
         self._inbox.put(batch)
 
@@ -149,7 +156,7 @@ class EngineRunner(ABC):
         self.models.close()
 
     @abstractmethod
-    def _accept(self, batch: Batch[InFlight]) -> None:
+    def _accept(self, batch: Batch[Part]) -> None:
         """Run a batch, or let it run."""
 
     def _ready(self, name: str) -> LoadedModel:
@@ -160,23 +167,37 @@ class EngineRunner(ABC):
         finally:
             self._loading += time.perf_counter() - started
 
-    def _finish(self, item: InFlight, outcome: Result, batch_size: int, started: float) -> None:
+    def _refused(self, part: Part, model: LoadedModel) -> FleetError | None:
+        """Why a request of several parts is not to begin: what can be known before any of it has run."""
+        request, most = part.rows.request, self.models.limits.now.max_result_bytes
+        least = least_answer_bytes(request, model.dimensions)
+        if least > most:
+            return AnswerTooLarge(
+                f"the answer would be {least} bytes at least; at most {most} are kept (fleet.max_result_bytes)"
+            )
+        try:
+            model.check(request)
+        except FleetError as error:
+            return error
+        return None
+
+    def _finish(self, part: Part, outcome: Result, batch_size: int, started: float) -> None:
         self.progress.step()
-        name = _model_of(item)
+        name = _model_of(part)
         if isinstance(outcome, EngineOutput):
             self.models.succeeded(name)
         elif outcome.hops:
             self.models.failed(name, outcome)
-        self._report(Finished(item, outcome, batch_size, (time.perf_counter() - started) * 1000))
+        self._report(Finished(part, outcome, batch_size, (time.perf_counter() - started) * 1000))
 
     def _changed(self) -> None:
         """A model has begun to rest: the fleet should know, and the thread has a time to wake up at."""
         self._report(ModelsChanged())
         self._inbox.put(_Signal.LOOK)
 
-    def _wrapped(self, error: BaseException, items: Sequence[InFlight]) -> FleetError:
+    def _wrapped(self, error: BaseException, parts: Sequence[Part]) -> FleetError:
         """An engine's exception as an error of ours, which does not quote what the engine was given."""
-        requests, engine = _requests(items), self.models.engine.name
+        requests, engine = _requests(parts), self.models.engine.name
         try:
             if isinstance(error, FleetError):
                 return discreet(error, requests)
@@ -189,86 +210,104 @@ class EngineRunner(ABC):
 class BatchRunner(EngineRunner):
     """Runs batches one after the other."""
 
-    def _accept(self, batch: Batch[InFlight]) -> None:
+    def _accept(self, batch: Batch[Part]) -> None:
         started, self._loading = time.perf_counter(), 0.0
-        self.progress.begin(batch.items)
+        items = [part.item for part in batch.items]
+        self.progress.begin(items)
         self._attempt(_model_of(batch.items[0]), batch.items, len(batch.items))
-        self.progress.end(batch.items)
+        self.progress.end(items)
         self._report(BatchDone(batch, time.perf_counter() - started - self._loading))
 
-    def _attempt(self, name: str, items: Sequence[InFlight], batch_size: int) -> None:
-        """Run ``items`` together. When the engine fails on all, run parts by themselves: the bad member fails alone."""
+    def _attempt(self, name: str, parts: Sequence[Part], batch_size: int) -> None:
+        """Run ``parts`` together. When the engine fails on all, run fewer at once: the bad one fails alone."""
         started = time.perf_counter()
-        open_members = dict(enumerate(items))
+        unanswered = dict(enumerate(parts))
 
         def emit(index: int, outcome: Result) -> None:
-            item = open_members.get(index)
-            if item is None:
-                raise EngineError(f"member {index} of {len(items)} was answered twice, or is not there")
-            self._finish(item, _discreet(outcome, item), batch_size, started)
-            del open_members[index]
+            part = unanswered.get(index)
+            if part is None:
+                raise EngineError(f"member {index} of {len(parts)} was answered twice, or is not there")
+            self._finish(part, _discreet(outcome, part), batch_size, started)
+            del unanswered[index]
 
         error: FleetError
         try:
             model = self._ready(name)
             started = time.perf_counter()
-            model.infer(_requests(items), emit)
-            if not open_members:
+            for index, part in enumerate(parts):
+                if part.opens and (refusal := self._refused(part, model)) is not None:
+                    emit(index, refusal)
+            given = list(unanswered)
+            if given:
+                model.infer([parts[index].request for index in given], lambda at, outcome: emit(given[at], outcome))
+            if not unanswered:
                 return
-            error = EngineError(f"the {self.models.engine.name} engine left {len(open_members)} members unanswered")
+            error = EngineError(f"the {self.models.engine.name} engine left {len(unanswered)} members unanswered")
         except BaseException as raised:  # noqa: BLE001  # the boundary: whatever an engine raises is an outcome
-            error = self._wrapped(raised, items)
-        left = list(open_members.values())
-        if (len(left) == 1 and len(items) == 1) or error.outage or not error.hops:
-            for item in left:
-                self._finish(item, error, batch_size, started)
-            return
-        size = 1  # one by one finds the member at fault
-        if isinstance(error, EngineOutOfMemory):
+            error = self._wrapped(raised, parts)
+        left = list(unanswered.values())
+        if error.outage or not error.hops:
+            smaller: list[list[Part]] = []
+        elif isinstance(error, EngineOutOfMemory):  # a smaller batch may fit
             self.models.unload_others(name, "out of memory")
-            size = max(1, len(left) // 2)  # a smaller batch may fit
-        for first in range(0, len(left), size):
-            part = left[first : first + size]
-            self._attempt(name, part, len(part))
+            smaller = _halves(left, len(parts))
+        else:  # one by one finds the member at fault
+            smaller = [[part] for part in left] if len(parts) > 1 else []
+        if not smaller:
+            for part in left:
+                self._finish(part, error, batch_size, started)
+        for fewer in smaller:
+            self._attempt(name, fewer, len(fewer))
 
 
 class ContinuousRunner(EngineRunner):
-    """Hands requests, each a batch of its own, to an engine that batches by itself."""
+    """Hands requests, each row a batch of its own, to an engine that batches by itself."""
 
     def __init__(self, models: ModelManager, report: Report, listens: Callable[[], bool] = lambda: False) -> None:
         super().__init__(models, report, listens)
-        self._running: set[InFlight] = set()
+        self._running: set[Part] = set()
 
-    def _accept(self, batch: Batch[InFlight]) -> None:
+    def _accept(self, batch: Batch[Part]) -> None:
         started = time.perf_counter()
-        item, request = batch.items[0], batch.items[0].request
-        self._running.add(item)
+        part = batch.items[0]
+        self._running.add(part)
         size = len(self._running)
-        self.progress.begin(batch.items)
+        self.progress.begin([part.item])
 
         def done(outcome: Result) -> None:
-            self._running.discard(item)
-            self.progress.end(batch.items)
-            self._finish(item, _discreet(outcome, item), size, started)
+            self._running.discard(part)
+            if part.whole or not any(other.item is part.item for other in set(self._running)):
+                self.progress.end([part.item])
+            self._finish(part, _discreet(outcome, part), size, started)
             self._report(BatchDone(batch, time.perf_counter() - started))
 
         try:
-            model = self.models.get(_model_of(item))
+            model = self.models.get(_model_of(part))
             started = time.perf_counter()
-            if not isinstance(model, ContinuousModel) or request is None:
+            if not isinstance(model, ContinuousModel):
                 raise BadRequest("the request cannot join what runs")
-            model.submit(request, done)
+            if part.opens and (refusal := self._refused(part, model)) is not None:
+                raise refusal
+            model.submit(part.request, done)
         except BaseException as raised:  # noqa: BLE001  # likewise
-            done(self._wrapped(raised, [item]))
+            done(self._wrapped(raised, [part]))
 
 
-def _discreet(outcome: Result, item: InFlight) -> Result:
-    return discreet(outcome, _requests([item])) if isinstance(outcome, FleetError) else outcome
+def _halves(parts: Sequence[Part], ran: int) -> list[list[Part]]:
+    """These in two batches, of ``ran`` that ran together; one that ran by itself in halves, if it has several rows."""
+    if ran > 1:
+        middle = max(1, len(parts) // 2)
+        return [list(parts[first : first + middle]) for first in range(0, len(parts), middle)]
+    return [[half] for part in parts if len(part) > 1 for half in part.halves()]
 
 
-def _model_of(item: InFlight) -> str:
-    return item.request.model if item.request is not None else ""
+def _discreet(outcome: Result, part: Part) -> Result:
+    return discreet(outcome, [part.request]) if isinstance(outcome, FleetError) else outcome
 
 
-def _requests(items: Sequence[InFlight]) -> list[InferenceRequest]:
-    return [item.request for item in items if item.request is not None]
+def _model_of(part: Part) -> str:
+    return part.rows.request.model
+
+
+def _requests(parts: Sequence[Part]) -> list[InferenceRequest]:
+    return [part.request for part in parts]

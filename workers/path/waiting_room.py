@@ -1,8 +1,9 @@
-"""Where the requests of one engine wait: which of them may run together, how large they are, and how long such take."""
+"""Where the requests of one engine wait: what of them may run together, how large they are, and how long such take."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator
+from dataclasses import replace
 
 from shared.contract import InferenceRequest
 from shared.limits import Limits, LimitsInForce
@@ -10,6 +11,7 @@ from workers.engines.base import Engine
 from workers.path.batcher import Batch, Batcher, BatchLimits
 from workers.path.run_times import RunTimes
 from workers.requests.inflight import InFlight
+from workers.requests.rows import Part, Rows
 from workers.requests.sizes import TokenEstimator
 
 ALONE = "alone"
@@ -17,7 +19,7 @@ ALONE = "alone"
 
 
 class WaitingRoom:
-    """A batcher for requests. An engine that batches by itself is given each at once, by itself."""
+    """A batcher for requests. An engine that batches by itself is given each row at once, by itself."""
 
     def __init__(self, engine: Engine, limits: LimitsInForce) -> None:
         self._engine = engine
@@ -33,24 +35,41 @@ class WaitingRoom:
     def __iter__(self) -> Iterator[InFlight]:
         return iter(self._batcher)
 
-    def add(self, item: InFlight, request: InferenceRequest, now: float) -> None:
-        """Let a request wait. Times are in seconds since the epoch."""
-        self._batcher.add(item, self._key(request), item.tokens, now)
+    @property
+    def begun(self) -> int:
+        """How many of those that wait have run in part."""
+        return self._batcher.begun
 
-    def tokens(self, request: InferenceRequest) -> int:
-        """How many tokens it will take, as far as can be told."""
-        return self._sizes.tokens(request)
+    @property
+    def alone(self) -> bool:
+        """Whether one that runs by itself waits, or what has not run of it."""
+        return self._batcher.waits(ALONE)
+
+    def add(self, item: InFlight, request: InferenceRequest, now: float, *, alone: bool = False) -> None:
+        """Let a request wait; ``alone``: for a batch of its own, at once. Times are in seconds since the epoch."""
+        item.rows = rows = Rows(request, self._sizes.tokens_by_row(request))
+        self._batcher.add(item, ALONE if alone else self._key(request), rows.tokens, now, begun=alone)
 
     def most(self) -> int:
         """How many requests like those of late make a full batch."""
         limits = self._refreshed().limits
-        if not self._sizes.mean:
-            return limits.max_batch_size
-        return min(limits.max_batch_size, max(1, int(limits.max_batch_tokens / self._sizes.mean)))
+        if limits.alone:
+            return 1
+        rows, tokens = self._sizes.rows.value or 1.0, self._sizes.tokens.value or 1.0
+        return max(1, int(min(limits.max_batch_size / rows, limits.max_batch_tokens / tokens)))
 
-    def next_batch(self, now: float) -> Batch[InFlight] | None:
+    def room(self) -> int:
+        """How many more requests the next batch may hold; beside those that have run in part, in half of it."""
+        most, begun = self.most(), self.begun
+        return (max(1, most // 2) if begun else most) - (len(self) - begun)
+
+    def next_batch(self, now: float) -> Batch[Part] | None:
         """The batch that is due and has waited longest, if any. Ask when the engine is free to run it."""
-        return self._refreshed().next_batch(now)
+        batch = self._refreshed().next_batch(now)
+        if batch is None:
+            return None
+        parts = [part_of(item, rows.start, rows.stop) for item, rows in zip(batch.items, batch.rows, strict=True)]
+        return Batch(batch.key, parts, batch.tokens, batch.reason, batch.waited, batch.rows)
 
     def due_at(self, now: float) -> float | None:
         """When to ask again if nothing else happens; ``None`` when nothing waits."""
@@ -62,19 +81,20 @@ class WaitingRoom:
             self._batcher.remove(lambda item: item in items)
 
     def drain(self) -> list[InFlight]:
-        """Take out everything, in the order of arrival."""
+        """Take out everything that has not run in part, in the order of arrival."""
         return self._batcher.drain()
 
     # -- what is learnt from what ran -------------------------------------------------------------------------------
 
-    def started(self, batch: Batch[InFlight]) -> None:
+    def started(self, batch: Batch[Part]) -> None:
         """A batch was handed to the engine."""
-        for item in batch.items:
-            self._sizes.started(item.tokens)
+        for part in batch.items:
+            if part.first == 0:
+                self._sizes.started(part.rows.tokens)
 
-    def ended(self, batch: Batch[InFlight], seconds: float) -> None:
+    def ended(self, batch: Batch[Part], seconds: float) -> None:
         """The engine is through with a batch."""
-        self._batcher.finished(batch.key, len(batch.items), seconds)
+        self._batcher.finished(batch.key, sum(map(len, batch.items)), seconds)
 
     def answered(
         self, item: InFlight, request: InferenceRequest, prompt_tokens: int, seconds: float, now: float
@@ -83,7 +103,7 @@ class WaitingRoom:
         self._times.ran(self._like(request), seconds, item.started, now)
         self._sizes.learn(request, prompt_tokens)
 
-    def usual_seconds(self, batch: Batch[InFlight]) -> float | None:
+    def usual_seconds(self, batch: Batch[Part]) -> float | None:
         """How long such a batch takes; ``None`` where none has run."""
         return self._batcher.expected_duration(batch.key)
 
@@ -120,4 +140,13 @@ class WaitingRoom:
             adaptive=batcher.adaptive_batching,
             min_batch_size=batcher.min_batch_size,
         )
-        return found if batcher.enabled and self._engine.slots is None else found.unbatched()
+        if self._engine.slots is not None:
+            return replace(found.unbatched(), max_batch_size=1)
+        return found if batcher.enabled else found.unbatched()
+
+
+def part_of(item: InFlight, first: int, last: int) -> Part:
+    """The rows of a request that waits from ``first`` to before ``last``."""
+    if item.rows is None:
+        raise ValueError("a request has rows once it waits")
+    return Part(item, item.rows, first, last)

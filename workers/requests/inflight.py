@@ -15,6 +15,7 @@ from shared import keys, wire
 from shared.contract import DEFAULT_TENANT, LATEST, TASK_NAME, Hop, InferenceRequest
 from shared.errors import BadRequest, PayloadTooLarge, UndecodableMessage
 from shared.identity import given_content
+from workers.requests.rows import Rows
 
 HANDLED = frozenset({"v", "hops", "deliveries"})
 """Of what is in our header: our client writes the first, the sweeper and engines that fail the others."""
@@ -82,11 +83,11 @@ class InFlight:
         "queue",
         "reply",
         "request",
+        "rows",
         "sent",
         "started",
         "state",
         "task",
-        "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -107,12 +108,12 @@ class InFlight:
         self.state = State.CLAIMED
         self.started = 0.0
         self.first_token = 0.0
-        self.tokens = 0
         self.attempts = 0
         self.task: Any = None
         self.eventer: Any = None  # set by Celery on what is in flight when it has to connect again
         self.embed: dict[str, Any] | None = None
         self.request: InferenceRequest | None = None
+        self.rows: Rows | None = None  # since it waits
         own = wire.own_header(headers)
         self.id = wire.usable_id(headers.get("id")) or wire.usable_id(properties.get("correlation_id")) or lease
         self.content = given_content(own.get("content"))

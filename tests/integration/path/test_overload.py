@@ -175,3 +175,22 @@ def test_a_full_broker_refuses_requests_and_is_emptied_all_the_same(make_fleet, 
     assert eventually(lambda: fleet.client.submit(ECHO), what="room").result(20)
     assert worker.poll() is None
     assert "taken over" not in fleet.log(worker)
+
+
+def test_a_large_request_holds_up_no_small_one(make_fleet) -> None:
+    """It runs in parts, with others between, and is answered as one."""
+    fleet = make_fleet(optimization={"fake": {"per_item_ms": 10}, "batcher": {"max_batch_size": 8}})
+    fleet.start_worker()
+    texts = [f"text {number}" for number in range(400)]
+    large = fleet.client.submit({"model": "echo", "kind": "embed", "inputs": {"texts": texts}})
+    eventually(lambda: fleet.client.queue_lengths()["fake"] == 0, what="the large one to be claimed")
+
+    small = [fleet.client.submit(request) for request in (ECHO, {**ECHO, "kind": "embed", "inputs": {"texts": ["a"]}})]
+    assert all(isinstance(handle.outcome(20), InferenceResult) for handle in small)
+    with pytest.raises(TimeoutError):
+        large.outcome(0)
+
+    result = large.result(60)
+    alone = [fleet.client.submit({"model": "echo", "kind": "embed", "inputs": {"texts": [text]}}) for text in texts[:3]]
+    assert result.outputs["embeddings"][:3] == [handle.result(20).outputs["embeddings"][0] for handle in alone]
+    assert len(result.outputs["embeddings"]) == 400

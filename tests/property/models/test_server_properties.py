@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 
 from shared.contract import InferenceRequest
 from shared.settings import Settings
+from tests.support.items import whole
 from workers.engines.base import EngineOutput, LoadedModel
 from workers.engines.fake import FakeEngine
 from workers.models.manager import ModelManager
 from workers.path.batcher import Batch, FlushReason
 from workers.path.runner import BatchDone, BatchRunner, Event, Finished
 from workers.requests.inflight import InFlight
+from workers.requests.rows import Part
 
 pytestmark = pytest.mark.property
 EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True)
@@ -79,14 +81,14 @@ PROMPTS = st.sampled_from(["one", "two", "!bad", "!fail", "!busy", "!crash"])
 BATCHES = st.lists(st.tuples(st.sampled_from(NAMES), st.lists(PROMPTS, min_size=1, max_size=5)), min_size=1, max_size=8)
 
 
-def batch_of(model: str, prompts: list[str], number: int) -> Batch[InFlight]:
+def batch_of(model: str, prompts: list[str], number: int) -> Batch[Part]:
     """Requests that were taken together."""
     items = []
     for place, prompt in enumerate(prompts):
         item = InFlight(f"{number}-{place}", "fake", {}, {}, "", 1.0)
         item.request = InferenceRequest.parse({"model": model, "inputs": {"prompt": prompt}})
         items.append(item)
-    return Batch(model, items, 1, FlushReason.SIZE, 0.0)
+    return Batch(model, [whole(item) for item in items], 1, FlushReason.SIZE, 0.0)
 
 
 # Feature: advanced-optimization-monitoring, Property 28: a worker that stops answers what it has begun
@@ -109,7 +111,7 @@ def test_what_an_engine_was_given_before_the_stop_is_answered(batches, before: i
     assert ended
     finished = [event for event in reports if isinstance(event, Finished)]
     assert Counter(event.item.lease for event in finished) == Counter(
-        item.lease for batch in given_to_it for item in batch.items
+        part.item.lease for batch in given_to_it for part in batch.items
     )
     assert [event.batch for event in reports if isinstance(event, BatchDone)] == given_to_it
     for event in finished:

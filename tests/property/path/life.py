@@ -92,14 +92,14 @@ class Life(RuleBasedStateMachine):
 
     def say(self, worker: MemoryWorker, engine: EngineName, run: Run, place: int, outcome: Any) -> None:
         """The engine reports a member; what it was told to abort ends as cancelled."""
-        item = run.unreported[place % len(run.unreported)]
-        worker.runners[engine].finish(run, item, Cancelled() if item in run.aborted else outcome)
+        part = run.unreported[place % len(run.unreported)]
+        worker.runners[engine].finish(run, part, Cancelled() if part in run.aborted else outcome)
 
     def through(self, worker: MemoryWorker, engine: EngineName, run: Run, outcome: Any) -> None:
         """The engine reports what it has not reported of a batch, and the batch's end."""
         while run.unreported:
             self.say(worker, engine, run, 0, outcome)
-        worker.runners[engine].end(run, max(0.001, self.fleet.clock() - run.batch.items[0].started))
+        worker.runners[engine].end(run, max(0.001, self.fleet.clock() - run.batch.items[0].item.started))
 
     def leave(self, worker: MemoryWorker) -> None:
         """A worker is gone."""
@@ -164,11 +164,13 @@ class Life(RuleBasedStateMachine):
 
     def _consistent(self, worker: MemoryWorker, engine: EngineName, intake: Intake) -> None:
         table, runner = intake.table, worker.runners[engine]
-        assert set(intake._waiting) == set(table.all(State.WAITING))
+        waiting = set(intake._waiting)
+        assert {item for item in waiting if item.state is State.WAITING} == set(table.all(State.WAITING))
+        assert {item.state for item in waiting} <= {State.WAITING, State.RUNNING}
         assert all(item.state is state for state in State for item in table.all(state))
-        members = {item for run in runner.runs for item in run.unreported}
+        members = {part.item for run in runner.runs for part in run.unreported}
         reported = {event.item for event in intake._reports if isinstance(event, Finished)}
-        assert set(table.all(State.RUNNING)) <= members | reported
+        assert set(table.all(State.RUNNING)) <= members | reported | waiting
         assert len(runner.runs) + len(intake._done) == len(intake._execution._batches)
         assert len(intake._execution._batches) <= intake._execution._slots
         assert {ending.item for ending in intake._outbox._decided} <= set(table.all(State.ENDED))
@@ -189,8 +191,9 @@ class Life(RuleBasedStateMachine):
             for intake in worker.intakes.values():
                 alone = [batch for batch in intake._execution._batches if batch.key == ALONE]
                 if alone:
-                    assert len(intake._execution._batches) == 1
-                    others = set(intake.table) - set(alone[0].items)
+                    assert len(intake._execution._batches) == len(alone)
+                    (one,) = {part.item for batch in alone for part in batch.items}
+                    others = set(intake.table) - {one}
                     assert all(item.state in (State.ENDED, State.CLAIMED, State.ASKING) for item in others)
 
     def canvases_are_told_once(self) -> None:

@@ -164,6 +164,60 @@ def test_a_lone_request_never_waits_but_callers_that_come_back_together_are_wait
     assert both.items == ["first", "second"]
 
 
+SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=30)
+
+
+# Feature: advanced-optimization-monitoring, Property 6: a batch runs when it is full or has waited long enough
+@given(limits=LIMITS, unbatched=st.booleans(), arrivals=st.lists(st.tuples(KEYS, SIZES), min_size=1, max_size=12))
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_a_request_with_many_rows_runs_in_parts_of_full_batches(limits: BatchLimits, unbatched: bool, arrivals) -> None:
+    """Each row runs once, in order; no batch exceeds its limits, unless it is of one row."""
+    batcher: Batcher[int] = Batcher(limits.unbatched() if unbatched else limits)
+    for item, (key, sizes) in enumerate(arrivals):
+        batcher.add(item, key, sizes, 0.0)
+
+    taken = run_until_empty(batcher, 0.0)
+
+    ran: dict[int, list[int]] = {item: [] for item in range(len(arrivals))}
+    for _, batch in taken:
+        rows = [(item, row) for item, part in zip(batch.items, batch.rows, strict=True) for row in part]
+        assert len(rows) <= limits.max_batch_size
+        assert batch.tokens == sum(arrivals[item][1][row] for item, row in rows)
+        assert batch.tokens <= limits.max_batch_tokens or len(rows) == 1
+        assert len(set(batch.items)) == len(batch.items)
+        assert len(batch.items) == 1 or not unbatched
+        for item, row in rows:
+            assert batch.key == arrivals[item][0]
+            ran[item].append(row)
+    assert all(ran[item] == list(range(len(sizes))) for item, (_, sizes) in enumerate(arrivals))
+    assert batcher.begun == 0
+
+
+# Feature: advanced-optimization-monitoring, Property 5: compatible requests run together
+@given(
+    most=st.integers(2, 16),
+    large=st.lists(st.integers(17, 90), min_size=1, max_size=3),
+    small=st.integers(1, 8),
+    before=st.integers(0, 6),
+)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_a_small_request_waits_for_no_large_one(most: int, large: list[int], small: int, before: int) -> None:
+    """Whatever has begun before it, one that fits beside them is in the next batch."""
+    batcher: Batcher[str] = Batcher(BatchLimits(max_batch_size=most, batch_timeout=0.0))
+    for number, rows in enumerate(large):
+        batcher.add(f"large {number}", "key", [1] * rows, 0.0)
+    for _ in range(before):
+        batcher.next_batch(0.0)
+    rows = min(small, most // 2)
+    batcher.add("small", "key", [1] * rows, 0.0)
+
+    batch = batcher.next_batch(0.0)
+
+    assert batch is not None
+    assert batch.rows[batch.items.index("small")] == range(rows)
+    assert sum(map(len, batch.rows)) == most or not len(batcher)
+
+
 class BatcherMachine(RuleBasedStateMachine):
     """The batcher against a plain list: whatever is added leaves once, by batch, by removal or by draining."""
 

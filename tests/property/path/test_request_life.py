@@ -57,9 +57,15 @@ class RequestLife(Life):
         seconds=st.sampled_from([None, None, None, 0.5, 8.0, 60.0]),
         deliveries=st.sampled_from([0, 0, 0, 0, 1, 2]),
         count=st.integers(1, 4),
+        rows=st.sampled_from([0, 0, 0, 2, 8]),
         turn=st.booleans(),
     )
-    def submit(self, engine: EngineName, seconds: float | None, count: int, turn: bool, **fields: Any) -> None:
+    def submit(
+        self, engine: EngineName, seconds: float | None, count: int, rows: int, turn: bool, **fields: Any
+    ) -> None:
+        """With a prompt, or with texts: more than a batch has room for."""
+        if rows:
+            fields |= {"kind": "embed", "inputs": {"texts": ["cat" * row for row in range(1, rows + 1)]}}
         for _ in range(count):
             deadline = None if seconds is None else self.fleet.clock() + seconds
             self.fleet.submit(self.new(), engine, deadline=deadline, **fields)

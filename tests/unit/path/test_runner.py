@@ -8,6 +8,7 @@ import pytest
 
 from shared.contract import EngineName, InferenceRequest
 from shared.errors import EngineError
+from tests.support.items import whole
 from tests.support.memory_worker import settings_of
 from workers.engines.fake import FakeEngine, FakeModel
 from workers.models.manager import ModelManager
@@ -33,7 +34,7 @@ def test_whatever_an_engine_raises_is_its_requests_outcome(monkeypatch, problem:
     for number in range(2):
         item = InFlight(str(number), "fake", {}, {}, "", 1.0)
         item.request = InferenceRequest.parse({"model": "echo", "inputs": {"prompt": f"prompt {number}"}})
-        batches.append(Batch("echo", [item], 1, FlushReason.SIZE, 0.0))
+        batches.append(Batch("echo", [whole(item)], 1, FlushReason.SIZE, 0.0))
     infer, failures = FakeModel.infer, [problem]
 
     def fails_once(model: FakeModel, requests, emit) -> None:

@@ -254,8 +254,8 @@ def test_a_refusal_says_what_is_wrong(fleet: MemoryFleet):
     fleet.worker(FAKE)
     with pytest.raises(UnknownModel, match="no model named 'none' is declared; there are: echo"):
         fallback(fleet).elsewhere(item_of(model="none").request, [], 0.0)
-    with pytest.raises(BadRequest, match="does not serve embed requests"):
-        fallback(fleet).elsewhere(item_of(kind="embed", inputs={"texts": ["x"]}).request, [], 0.0)
+    with pytest.raises(BadRequest, match="does not serve classify requests"):
+        fallback(fleet).elsewhere(item_of(kind="classify", inputs={"texts": ["x"]}).request, [], 0.0)
     fleet.workers[0].announced = False
     with pytest.raises(NoEngineAvailable):
         fallback(fleet).elsewhere(item_of().request, [], 0.0)

@@ -23,6 +23,9 @@ RUN = 16
 WHOLE = 8
 """An input that is shorter than a run, but has this many, counts where the text has all of it."""
 
+FEW_RUNS = 256
+"""Runs that are looked for one by one, which is quicker for so many than to look at each place of a long input."""
+
 WITHHELD = "its text quotes a request's inputs and is withheld"
 
 _OTHERS = re.compile(r"[\W_]+")
@@ -59,9 +62,15 @@ def quotes(text: str, requests: Iterable[InferenceRequest]) -> bool:
             if len(given) < RUN:
                 if len(given) >= WHOLE and given in plain:
                     return True
-            elif runs and any(given[at : at + RUN] in runs for at in range(len(given) - RUN + 1)):
+            elif _shares(runs, given):
                 return True
     return False
+
+
+def _shares(runs: set[str], given: str) -> bool:
+    if len(runs) <= FEW_RUNS:
+        return any(run in given for run in runs)
+    return any(given[at : at + RUN] in runs for at in range(len(given) - RUN + 1))
 
 
 def _plain(text: str) -> str:

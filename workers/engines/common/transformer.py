@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 
-from shared.contract import InferenceRequest
+from shared.contract import InferenceRequest, Kind
 from shared.errors import UnsupportedKind
 from workers.engines.base import Emit, LoadedModel
 from workers.engines.common.decoding import Decoding, generate
@@ -63,6 +63,11 @@ class TransformerModel(LoadedModel):
             else:
                 embed(requests, self.codec, self.spec, self.pad, self.encode, emit, self.telling)
 
+    def check(self, request: InferenceRequest) -> None:
+        """Refuse a request with a text that does not fit."""
+        if request.kind in self.kinds:
+            self.codec.check_texts(request)
+
     def abort(self, request_id: str) -> None:
         """End a request of the running batch at the next token."""
         self.unwanted.add(request_id)
@@ -77,5 +82,5 @@ class TransformerModel(LoadedModel):
                 self.decoding().prefill(ids, mask)
             elif self.role is Role.CLASSIFIER:
                 self.classify(texts)
-            else:
-                self.encode(texts)
+            if Kind.EMBED in self.kinds:
+                self.dimensions = int(self.encode(texts).shape[-1])

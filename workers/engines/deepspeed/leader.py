@@ -170,6 +170,8 @@ class Leader:
             try:
                 if message["op"] == "warmup":
                     self._warmup()
+                elif message["op"] == "check":
+                    self._model.check(InferenceRequest.parse(message["request"]))
                 else:
                     requests = [InferenceRequest.parse(data) for data in message["requests"]]
                     self._infer(requests)

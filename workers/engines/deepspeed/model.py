@@ -50,6 +50,10 @@ class DeepSpeedModel(LoadedModel):
         """
         self._run({"op": "infer", "requests": [request.model_dump(mode="json") for request in requests]}, emit)
 
+    def check(self, request: InferenceRequest) -> None:
+        """Refuse a request with a text that does not fit."""
+        self._run({"op": "check", "request": request.model_dump(mode="json")}, None)
+
     def abort(self, request_id: str) -> None:
         """End a request of the running batch at the next token."""
         self.group.notify({"op": "abort", "id": request_id})

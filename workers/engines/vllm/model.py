@@ -55,6 +55,7 @@ class VLLMModel(ContinuousModel):
         self.precision = str(config.dtype).removeprefix("torch.")
         self.notes = notes
         self.codec = TextCodec(spec, self.max_context)
+        self.dimensions = int(config.get_hidden_size()) if Kind.EMBED in self.kinds else None
         self.eos = _eos_tokens(config, self.codec)
         self._engine = engine
         self._loop = loop
@@ -80,6 +81,11 @@ class VLLMModel(ContinuousModel):
             done(error)
             return
         self._loop.loop.call_soon_threadsafe(self._start, request.id, work, done)
+
+    def check(self, request: InferenceRequest) -> None:
+        """Refuse a request with a text that does not fit."""
+        if request.kind in self.kinds:
+            self.codec.check_texts(request)
 
     def abort(self, request_id: str) -> None:
         """Take a request out of the running batch; it ends as cancelled."""
