@@ -18,6 +18,7 @@ under ``muai:``.
 ``celery-task-meta-<id>``               Celery's result of a request
 ``muai:reply:<client>``                 stream of results for one client
 ``muai:dead``                           stream of dead letters
+``muai:seal``                           the secret with which workers seal what they write, and when it was made
 ``muai:cancelled``                      zset result key -> time of cancellation, ms
 ``muai:delayed``                        hash request id -> the lease under which it waits for its time
 ``muai:deadlines``                      zset request id, newline, list -> its deadline, ms; until it has ended
@@ -57,6 +58,7 @@ LEASE_MESSAGES: Final = "muai:lease:messages"
 LEASE_COUNTER: Final = "muai:lease:next"
 IN_FLIGHT: Final = "muai:inflight"
 DEAD_LETTERS: Final = "muai:dead"
+SEAL: Final = "muai:seal"
 UNDER_WAY: Final = "muai:underway"
 CONTENTS: Final = "muai:contents"
 DOUBTED: Final = "muai:doubted"

@@ -3,7 +3,7 @@
 Any Celery app can write and read these. What our own client adds travels in one header, ``muai``::
 
     {"v": 1, "sent": seconds since the epoch, "content": digest of what is asked, "reply": stream, "hops": [...],
-     "deliveries": int, "signature": hex}
+     "deliveries": int, "seal": hex, "signature": hex}
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from shared.signing import Signer
 from workers.broker.delivery import RedisDelivery
 from workers.broker.lease_ids import LeaseTokens
 from workers.broker.leases import LeaseKeeper
+from workers.broker.seal import Seal
 from workers.devices.devices import Devices
 from workers.ends.canvas import Canvas
 from workers.ends.settler import Settler
@@ -61,7 +62,8 @@ class Fleet:
         self.signer = Signer(settings.fleet.signing_key)
         self.events = CeleryEvents(app)
         self.observers = Observers([self.events])
-        self.settler = Settler(self.delivery, self.leases, self.observers, Canvas(app, self.signer))
+        seal = Seal(self.delivery.secret)
+        self.settler = Settler(self.delivery, self.leases, self.observers, Canvas(app, self.signer), seal)
         self.sweeper = Sweeper(self.delivery, self.settler, self.limits)
         self.doubts = Doubts(self.client, self.worker_id)
         self.live = LiveWorkers(self.registry)

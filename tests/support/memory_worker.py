@@ -23,6 +23,7 @@ from workers.broker.delivery import Claim, Settlement
 from workers.broker.errors import BROKER_ERRORS
 from workers.broker.memory import MemoryDelivery, MemoryLeases
 from workers.broker.memory_broker import MemoryBroker
+from workers.broker.seal import Seal
 from workers.ends.settler import Settler
 from workers.observe.observers import STEPS, Observer, Observers
 from workers.path.intake import Intake, IntakeContext
@@ -110,6 +111,7 @@ class MemoryFleet:
         self.settings = settings
         self.clock = ManualClock()
         self.broker = MemoryBroker(self.clock)
+        self.seal = Seal(lambda: self.broker.seal, self.clock)
         self.workers: list[MemoryWorker] = []
         self.started = 0
 
@@ -141,7 +143,7 @@ class MemoryFleet:
         envelope["headers"].update(headers or {})
         own = envelope["headers"][wire.HEADER]
         if deliveries:
-            own["deliveries"] = deliveries
+            own.update(self.seal.sealed(envelope["headers"], deliveries=deliveries))
         if not ours:
             envelope["headers"][wire.HEADER] = {"reply": REPLY}
         name, message = keys.list_of(queue, request.priority.wire, request.tenant), wire.dumps(envelope)
@@ -193,7 +195,7 @@ class MemoryWorker:
         self.witness = Witness()
         self.observers = Observers([self.witness])
         self.canvas = ToldCanvas()
-        self.settler = Settler(self.delivery, self.leases, self.observers, self.canvas)  # type: ignore[arg-type]
+        self.settler = Settler(self.delivery, self.leases, self.observers, self.canvas, fleet.seal)  # type: ignore[arg-type]
         self.sweeper = Sweeper(self.delivery, self.settler, self.limits, fleet.clock)
         self.rescuer = Rescuer(
             self.delivery, self.settler, self.limits, settings, name, fleet.live, clock=fleet.clock
@@ -322,6 +324,7 @@ class MemoryWorker:
                 item = InFlight.unreadable(message.lease, queue, message.payload, error)
                 self.settler.end([Ending.refused(item, error)])
                 continue
+            self.fleet.seal.check(envelope)
             intake.receive(message.lease, envelope)
         intake.claim_delivered(claim)
 

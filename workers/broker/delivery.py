@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from secrets import token_hex
 from typing import Any, Protocol
 
 import orjson
@@ -232,6 +233,9 @@ class Delivery(Protocol):
     def share_out(self, places: int) -> None:
         """Reckon what each tenant may have in flight of this many places in the fleet."""
 
+    def secret(self) -> bytes:
+        """What the fleet's workers seal with, and when it was made, for :class:`workers.broker.seal.Seal`."""
+
 
 Quotas = dict[str, tuple[float, int]]
 """By tenant (``*`` is everybody who is not named): its weight, and how many may be in flight (0: any number)."""
@@ -281,6 +285,7 @@ class RedisDelivery:
         self._begin = client.register_script(lua("workers.broker", "begin"))
         self._settle = client.register_script(lua("workers.broker", "settle"))
         self._sweep = client.register_script(lua("workers.broker", "sweep"))
+        self._seal = client.register_script(lua("workers.broker", "seal"))
         claimed = client.register_script(lua("workers.broker", "claimed"))
         self._lost = LostClaims(
             lambda tokens: [
@@ -292,6 +297,10 @@ class RedisDelivery:
         self._late_from: tuple[bytes | str, int] = "", 0
         self._unread = client.register_script(lua("workers.broker", "unread"))
         self._deadlines = client.register_script(lua("workers.broker", "deadlines"))
+
+    def secret(self) -> bytes:
+        """What the fleet's workers seal with, and when it was made, for :class:`workers.broker.seal.Seal`."""
+        return bytes(self._seal(keys=[keys.SEAL], args=[token_hex(32)]))
 
     def wait(self) -> None:
         """Take in what has become of all that was sent so far."""

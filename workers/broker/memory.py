@@ -178,6 +178,10 @@ class MemoryDelivery:
         """Note until when requests are wanted. Returns what counts, in seconds."""
         return self._run(lambda: self.broker.note(deadlines)) if deadlines else []
 
+    def secret(self) -> bytes:
+        """What the fleet's workers seal with, and when it was made."""
+        return self._run(lambda: self.broker.seal)
+
     def share_out(self, places: int) -> None:
         """Reckon what each tenant may have in flight of this many places in the fleet."""
         self._quotas = quotas_of(self._limits.now.tenants, places)

@@ -76,6 +76,7 @@ class MemoryBroker:
         self.under_way: dict[str, int] = {}
         self.contents: dict[str, str] = {}
         self.deadlines: dict[str, float] = {}  # by their entries, in ms
+        self.seal = b"%d:secret" % self.now
 
     @property
     def now(self) -> int:

@@ -17,9 +17,25 @@ MOST_RETRIES = 2**31
 """A sender that says more has not counted."""
 
 
-def settlement_of(ending: Ending, children: Sequence[Any] = ()) -> Settlement:
-    """What an ending writes; ``children`` are the next steps of a canvas, which a success names in its record."""
-    written = _WRITTEN[ending.end](ending, children)
+Write = Callable[..., dict[str, Any]]
+"""Given a message's headers, what a worker writes into our own of them: :meth:`workers.broker.seal.Seal.sealed`."""
+
+
+def _unsealed(_: Mapping[str, Any], **written: Any) -> dict[str, Any]:
+    return written
+
+
+def settlement_of(ending: Ending, children: Sequence[Any] = (), seal: Write = _unsealed) -> Settlement:
+    """What an ending writes; ``children`` are the next steps of a canvas, which a success names in its record.
+
+    Raises what ``seal`` does.
+    """
+    if ending.end is End.HOP:
+        written = _hop(ending, seal)
+    elif ending.redelivered:
+        written = _redelivery(ending, seal)
+    else:
+        written = _WRITTEN[ending.end](ending, children)
     deadline = _deadline(ending.item)
     return written if deadline is None else replace(written, deadline=deadline)
 
@@ -57,7 +73,7 @@ def _dead(ending: Ending, _: Sequence[Any]) -> Settlement:
     return _told(ending.item, ending.error, "FAILURE", dead_reason=ending.reason or str(ending.error))
 
 
-def _hop(ending: Ending, _: Sequence[Any]) -> Settlement:
+def _hop(ending: Ending, seal: Write) -> Settlement:
     """A Celery retry with the same id, on the queue of the next engine.
 
     What failed here is written into the message's history; where nothing did (the request had merely come to a queue
@@ -73,7 +89,8 @@ def _hop(ending: Ending, _: Sequence[Any]) -> Settlement:
     queue = keys.queue_of(ending.to)
     before = item.headers.get("retries")
     retries = (before if isinstance(before, int) and 0 <= before < MOST_RETRIES else 0) + (error is not None)
-    message = wire.amended(item.envelope(queue), header={"hops": hops, "sent": item.sent}, retries=retries)
+    header = {**seal(item.headers, hops=hops), "sent": item.sent}
+    message = wire.amended(item.envelope(queue), header=header, retries=retries)
     record = b"" if error is None else wire.failure_meta(item.id, error, status="RETRY", extra=item.record_extra())
     return Settlement(
         item.lease,
@@ -94,14 +111,17 @@ def _delay(ending: Ending, _: Sequence[Any]) -> Settlement:
 
 def _give_back(ending: Ending, _: Sequence[Any]) -> Settlement:
     item = ending.item
-    if ending.worker:
-        message = wire.amended(item.envelope(item.queue), header={"passed": list(dict.fromkeys(ending.passed))})
-        lane = keys.list_of(item.queue, item.priority, item.tenant, ending.worker)
-        return Settlement(item.lease, push_list=lane, push_message=message, push_front=True)
-    if not ending.redelivered:
+    if not ending.worker:
         return Settlement.give_back(item.lease)
-    message = wire.amended(item.envelope(item.queue), header={"deliveries": item.deliveries + 1})
-    return Settlement.give_back(item.lease, message)
+    message = wire.amended(item.envelope(item.queue), header={"passed": list(dict.fromkeys(ending.passed))})
+    lane = keys.list_of(item.queue, item.priority, item.tenant, ending.worker)
+    return Settlement(item.lease, push_list=lane, push_message=message, push_front=True)
+
+
+def _redelivery(ending: Ending, seal: Write) -> Settlement:
+    item = ending.item
+    header = seal(item.headers, deliveries=item.deliveries + 1)
+    return Settlement.give_back(item.lease, wire.amended(item.envelope(item.queue), header=header))
 
 
 def _nothing(ending: Ending, _: Sequence[Any]) -> Settlement:
@@ -113,7 +133,6 @@ _WRITTEN: Mapping[End, Callable[[Ending, Sequence[Any]], Settlement]] = {
     End.FAILURE: _failure,
     End.CANCEL: _revoked,
     End.EXPIRY: _revoked,
-    End.HOP: _hop,
     End.DELAY: _delay,
     End.DEAD_LETTER: _dead,
     End.GIVE_BACK: _give_back,

@@ -17,6 +17,7 @@ from shared.errors import EngineError
 from workers.broker.delivery import Delivery, Settlement, Written, lease_order
 from workers.broker.errors import BROKER_ERRORS, refused
 from workers.broker.leases import Leases
+from workers.broker.seal import Seal
 from workers.ends.canvas import Canvas
 from workers.ends.settlements import settlement_of
 from workers.observe.observers import Observers
@@ -38,9 +39,10 @@ def oldest_in_front(endings: Iterable[Ending]) -> list[Ending]:
 class Settler:
     """Ends requests. Whoever finds an end goes through it: intakes by their outbox, everybody else by :meth:`end`."""
 
-    def __init__(self, delivery: Delivery, leases: Leases, observers: Observers, canvas: Canvas) -> None:
+    def __init__(self, delivery: Delivery, leases: Leases, observers: Observers, canvas: Canvas, seal: Seal) -> None:
         self.delivery = delivery
         self.leases = leases
+        self.seal = seal
         self._observers = observers
         self._canvas = canvas
 
@@ -60,7 +62,7 @@ class Settler:
         broker that fails raises: then nothing was decided, and it is to be tried again when it is back.
         """
         try:
-            return ending, settlement_of(ending, self._canvas.tell(ending))
+            return ending, settlement_of(ending, self._canvas.tell(ending), self.seal.sealed)
         except BROKER_ERRORS as error:
             if not refused(error):
                 if isinstance(error, OperationalError):  # Celery's word for it

@@ -255,6 +255,7 @@ class Channel(kombu_redis.Channel):
             envelope = wire.decode_envelope(message.payload, self.services.limits.now.max_payload_bytes)
             if queue not in self._unacknowledged:  # there are no tasks among the replies of remote control
                 self.services.signer.check(envelope)
+            self.services.settler.seal.check(envelope)
         except BadRequest as error:
             item = InFlight.unreadable(message.lease, queue, message.payload, error)
             logger.error("a message on %s went to the dead letters: %s", queue, error)

@@ -18,7 +18,7 @@ from shared.identity import given_content
 from workers.requests.rows import Rows
 
 HANDLED = frozenset({"v", "hops", "deliveries"})
-"""Of what is in our header: our client writes the first, the sweeper and engines that fail the others."""
+"""Of what is in our header: our client writes the first, workers the others, sealed."""
 
 CANVAS = ("callbacks", "errbacks", "chain", "chord")
 """The parts of what a call carries for those that follow it."""
@@ -123,7 +123,7 @@ class InFlight:
         self.sent = float(sent) if isinstance(sent, int | float) and 0 < sent <= claimed else claimed
         self.hops = _hops(own.get("hops"))
         deliveries = own.get("deliveries")
-        self.deliveries = deliveries if isinstance(deliveries, int) else 0  # workers that were lost over it
+        self.deliveries = max(0, deliveries) if isinstance(deliveries, int) else 0  # workers that were lost over it
         self.passed = _workers(own.get("passed"))  # workers that could not have answered it in time
         priority = properties.get("priority")
         self.priority = priority if isinstance(priority, int) else 0

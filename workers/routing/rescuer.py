@@ -107,6 +107,7 @@ class Rescuer:
         queue = keys.queue_of(engine)
         try:
             envelope = wire.decode_envelope(message.payload, self._limits.now.max_payload_bytes)
+            self._settler.seal.check(envelope)
             item = InFlight(message.lease, queue, envelope["headers"], envelope["properties"], envelope["body"], now)
             if item.headers.get("task") != TASK_NAME:
                 raise BadRequest(f"there is no task {item.headers.get('task')!r} here; there is {TASK_NAME}")

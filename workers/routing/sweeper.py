@@ -73,6 +73,7 @@ class Sweeper:
             envelope = wire.decode_envelope(swept.payload)
         except UndecodableMessage as error:
             return Ending.refused(InFlight.unreadable(swept.lease, queue, swept.payload, error), error)
+        self._settler.seal.check(envelope)
         item = InFlight(swept.lease, queue, envelope["headers"], envelope["properties"], envelope["body"], 0.0)
         with suppress(BadRequest):  # who claims it says so
             args, kwargs, item.embed = item.decode()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -149,15 +150,22 @@ def test_a_request_longer_than_its_lease_runs_once(make_fleet, redis_client: red
     assert not any("expired leases" in fleet.log(process) for process in fleet.processes)
 
 
-def test_a_request_that_kills_its_workers_is_given_up(make_fleet, redis_client: redis.Redis) -> None:
-    """After max_deliveries lost leases the request is dead-lettered with the reason, and its caller told."""
+@pytest.mark.parametrize("claimed", [None, -1000])
+def test_a_request_that_kills_its_workers_is_given_up(make_fleet, redis_client: redis.Redis, claimed) -> None:
+    """After max_deliveries lost leases the request is dead-lettered with the reason, and its caller told.
+
+    It makes no difference what its sender says of its deliveries.
+    """
     fleet = make_fleet(
         fleet={"lease_seconds": 0.5, "sweep_seconds": 0.2, "max_deliveries": 2},
         optimization={"fake": {"latency_ms": 60_000}},
         monitoring={"server": {"graceful_shutdown_timeout": 0}},
     )  # fmt: skip
     victims = [fleet.start_worker()]
-    handle = fleet.client.submit(ECHO)
+    handle = fleet.client.handle("killer")
+    message = wire.encode_request(InferenceRequest.parse({**ECHO, "id": "killer"}), "fake", sent=time.time())
+    header = {} if claimed is None else {"deliveries": claimed}
+    redis_client.lpush("fake", wire.amended(wire.decode_envelope(message), header=header))
     eventually(lambda: redis_client.zcard(keys.LEASE_INDEX) == 1)
     victims.append(fleet.start_worker())
     victims[0].kill()

@@ -13,6 +13,7 @@ from shared.errors import BadRequest, EngineDied, EngineError, EngineOutage, NoE
 from tests.support.items import item_of
 from tests.support.memory_worker import LEASE_SECONDS, MODEL, MemoryFleet, settings_of
 from workers.requests.ending import End
+from workers.requests.inflight import State
 from workers.routing.fallback import PASS_ON_SECONDS, WAIT_SECONDS, Fallback, FallbackDecision, ending_of
 
 FAKE, OTHER = EngineName.FAKE, EngineName.PYTORCH
@@ -51,6 +52,33 @@ def test_what_a_dead_worker_had_is_delivered_again_until_it_was_delivered_too_of
         assert f"delivered {deliveries + 1} times" in fleet.broker.dead[0].reason
         assert fleet.error("a").startswith("DeadLettered")
     assert fleet.broker.leases == {}
+
+
+@pytest.mark.parametrize("claimed", [-1000, 1, 2, 99])
+def test_what_a_sender_says_of_deliveries_is_not_counted(fleet: MemoryFleet, claimed: int):
+    """Neither for it nor against it, nor does it let its request run alone; three workers die, and no more."""
+    worker = fleet.worker(FAKE)
+    fleet.submit("a", headers={wire.HEADER: {"v": 1, "sent": fleet.clock(), "deliveries": claimed}})
+    counted = []
+    while fleet.status("a") is None:
+        (message,) = worker.delivery.claim("fake", 1).messages
+        counted.append(own_header(message.payload)["deliveries"])
+        fleet.pass_time(LEASE_SECONDS)
+        worker.sweeper.sweep()
+
+    assert counted == [claimed, 1, 2]
+    assert "delivered 3 times" in fleet.broker.dead[0].reason
+
+
+def test_a_sender_cannot_have_a_request_run_alone(fleet: MemoryFleet):
+    """That is for a request that may be what its workers died of."""
+    worker = fleet.worker(FAKE)
+    for name in ("a", "b"):
+        fleet.submit(name, headers={wire.HEADER: {"v": 1, "sent": fleet.clock(), "deliveries": 2}})
+    worker.turn()
+
+    assert [item.deliveries for item in worker.intakes[FAKE].table] == [0, 0]
+    assert worker.intakes[FAKE].table.count(State.ALONE) == 0
 
 
 def test_max_deliveries_is_asked_for_each_time(fleet: MemoryFleet):

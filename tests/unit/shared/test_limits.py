@@ -8,6 +8,7 @@ from shared.contract import InferenceRequest
 from shared.errors import ConfigurationError, DeadLettered, EngineError
 from shared.limits import Limits, LimitsInForce
 from shared.settings import Settings
+from tests.support.memory_worker import MemoryFleet
 from workers.engines.fake import FakeEngine
 from workers.models.manager import ModelManager
 from workers.path.waiting_room import WaitingRoom
@@ -67,7 +68,8 @@ def test_the_sweeper_goes_by_what_is_in_force(limits: LimitsInForce) -> None:
     from workers.broker.delivery import Swept
     from workers.routing.sweeper import Sweeper
 
-    sweeper = Sweeper(None, None, limits)  # type: ignore[arg-type]  # it only decides
+    worker = MemoryFleet(SETTINGS).worker()
+    sweeper = Sweeper(worker.delivery, worker.settler, limits)
     swept = Swept("1", "fake", b'{"headers": {"id": "a"}, "properties": {}, "body": "[]", '
                                b'"content-type": "application/json"}')  # fmt: skip
     before = sweeper.ending_of(swept).end
