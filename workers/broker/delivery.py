@@ -44,9 +44,6 @@ WATCH_SHARE = 0.8
 COURTESY_SECONDS = 0.5
 """How long a message that one worker should have waits for it before any other may claim it."""
 
-LEFT_OUT_SECONDS = 0.02
-"""After how long a tenant that had its share of what is in flight is looked at again."""
-
 
 @dataclass(frozen=True, slots=True)
 class LeasedMessage:
@@ -367,10 +364,13 @@ class RedisDelivery:
         """The same by the pipelined connection. What was ``lost`` may be settled again: what was written stands."""
         args = self._settle_terms(settlements)
         pushes = any(settlement.push_list for settlement in settlements)
+        frees = any("/" in settlement.lease for settlement in settlements)  # of a tenant
 
         def answered(flags: list[int]) -> None:
             if pushes:
                 self.scripts.doubt()
+            elif frees:
+                self.scripts.freed()
             then(_written(flags))
 
         self.scripts.run(self._settle, self._settle_keys, args, answered, lost)

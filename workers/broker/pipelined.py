@@ -38,6 +38,9 @@ class Listener(Protocol):
     def changed(self, names: Collection[bytes] | None) -> None:
         """These keys have; ``None``: any may have."""
 
+    def freed(self) -> None:
+        """Requests of tenants have ended here."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Sent:
@@ -153,6 +156,11 @@ class PipelinedScripts:
     def doubt(self) -> None:
         """A script of this connection has changed keys: of those it is told no news."""
         self._tell(None)
+
+    def freed(self) -> None:
+        """A script of this connection has ended requests of tenants: they may have less in flight than their share."""
+        for listener in self._listeners:
+            listener.freed()
 
     def close(self) -> None:
         """Close the connection; what is under way is lost."""

@@ -11,6 +11,7 @@ How it waits is in :mod:`workers.broker.waiting`.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Collection, Mapping
 from functools import partial
@@ -185,6 +186,11 @@ class Channel(kombu_redis.Channel):
         if self.waiting.changed(names) and names is not None:
             self.claim_all()
 
+    def freed(self) -> None:
+        """Tenants may have less in flight than their share: what they lacked for may start here."""
+        if self.waiting.freed():
+            self.claim_all()
+
     def _brpop_read(self, **options: Any) -> bool:
         """Without a loop: something came on the connection that claims."""
         before = self._taken
@@ -317,6 +323,7 @@ class Poller(kombu_redis.MultiChannelPoller):
     def __init__(self) -> None:
         super().__init__()
         self._in_loop: set[Any] = set()
+        self._wakes_at = 0.0
 
     def get(self, callback: Any, timeout: float | None = None) -> None:
         """Without a loop: deliver something, or wait for it."""
@@ -351,6 +358,17 @@ class Poller(kombu_redis.MultiChannelPoller):
         known, self._in_loop = self._in_loop, set(self._chan_to_sock.values())
         for sock in self._in_loop - known:
             loop.add_reader(sock, on_readable, sock.fileno())
+        self._wake(loop)
+
+    def _wake(self, loop: Any) -> None:
+        """Have the loop wake when a queue is to be looked at without news: it claims when it wakes."""
+        looks = [at for channel in self._channels if (at := channel.waiting.wake_at()) is not None]
+        if not looks:
+            return
+        now, at = time.monotonic(), min(looks)
+        if at < self._wakes_at or self._wakes_at < now:
+            self._wakes_at = at
+            loop.call_later(max(0.0, at - now) + 0.001, lambda: None)
 
     def on_readable(self, fileno: int) -> None:
         """One of our sockets has something to say."""

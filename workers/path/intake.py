@@ -19,7 +19,7 @@ from shared.contract import EngineName
 from shared.limits import LimitsInForce
 from shared.registry import WorkerInfo
 from shared.settings import Settings
-from workers.broker.delivery import LEFT_OUT_SECONDS, Claim, Delivery
+from workers.broker.delivery import Claim, Delivery
 from workers.broker.errors import BROKER_ERRORS
 from workers.broker.leases import Leases
 from workers.ends.outbox import Outbox
@@ -117,8 +117,6 @@ class Intake:
     def claim_delivered(self, claim: Claim) -> None:
         """All messages of a claim were received."""
         self._admit_claimed()
-        if claim.left_out and self._loop is not None:
-            self._loop.call_later(LEFT_OUT_SECONDS, lambda: None)  # the loop claims when it wakes
         if claim.cancelled and len(self._waiting):
             self._admission.drop_cancelled(claim.cancelled)
         self._outbox.flush()

@@ -166,6 +166,9 @@ def test_who_waits_for_a_list_hears_of_what_its_own_worker_puts_there(
         def changed(self, names: object) -> None:
             self.news.append(names)
 
+        def freed(self) -> None:
+            self.news.append("freed")
+
     listener, claims = Listener(), []
     delivery.scripts.tell(listener)
     delivery.claim_soon("fake", 1, claims.append, lambda: None)
@@ -174,5 +177,8 @@ def test_who_waits_for_a_list_hears_of_what_its_own_worker_puts_there(
 
     delivery.settle_soon([Settlement.give_back("1")], lambda _: None, lambda: None)
 
-    assert listener.news == [None]
+    leased(redis_client, "2/acme")
+    delivery.settle_soon([Settlement("2/acme")], lambda _: None, lambda: None)
+
+    assert listener.news == [None, "freed"]
     delivery.scripts.close()

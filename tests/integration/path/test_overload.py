@@ -194,3 +194,30 @@ def test_a_large_request_holds_up_no_small_one(make_fleet) -> None:
     alone = [fleet.client.submit({"model": "echo", "kind": "embed", "inputs": {"texts": [text]}}) for text in texts[:3]]
     assert result.outputs["embeddings"][:3] == [handle.result(20).outputs["embeddings"][0] for handle in alone]
     assert len(result.outputs["embeddings"]) == 400
+
+
+def test_a_tenant_at_its_share_keeps_no_idle_worker_busy(make_fleet, redis_client) -> None:
+    """What is held back is looked at when something has ended, not all the time; then it starts."""
+    fleet = make_fleet(
+        fleet={"tenants": {"*": {"in_flight_share": 0.01}}},
+        optimization={"fake": {"latency_ms": 120_000}, "batcher": {"max_batch_size": 8}},
+        monitoring={"server": {"graceful_shutdown_timeout": 0}},
+    )
+    workers = [fleet.start_worker() for _ in range(3)]
+    first = fleet.client.submit({**ECHO, "tenant": "t0"})
+    eventually(lambda: redis_client.hvals(keys.IN_FLIGHT) == [b"1"], what="the first")
+    fleet.client.submit_many({**ECHO, "tenant": f"t{number % 6}"} for number in range(40))
+    eventually(lambda: len(redis_client.hvals(keys.IN_FLIGHT)) == 6, what="one of each tenant in flight")
+
+    def commands() -> tuple[int, int]:
+        seconds, micros = redis_client.time()
+        return redis_client.info("stats")["total_commands_processed"], seconds * 1_000_000 + micros
+
+    before, since = commands()
+    eventually(lambda: commands()[1] > since + 4_000_000)
+    after, until = commands()
+    ours = 2 * (until - since) / 50_000  # two for each of the test's own looks
+    assert (after - before - ours) / (until - since) * 1_000_000 < 50 * len(workers)
+    assert fleet.client.queue_lengths()["fake"] == 35
+    assert fleet.client.cancel(first.id)
+    eventually(lambda: fleet.client.queue_lengths()["fake"] == 34, what="the start of the tenant's next request")

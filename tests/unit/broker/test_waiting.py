@@ -7,6 +7,7 @@ import time
 import pytest
 
 from shared import keys
+from tests.support.clock import ManualClock
 from workers.broker import waiting as module
 from workers.broker.delivery import LeasedMessage
 from workers.broker.waiting import Claim, Waiting
@@ -63,18 +64,77 @@ def test_what_else_changes_is_no_news() -> None:
     assert waiting.due(["a", "b"]) == ["a", "b"]
 
 
-def test_tenants_that_were_left_out_are_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody tells when one of their requests has ended."""
-    now = time.monotonic()
-    monkeypatch.setattr(module.time, "monotonic", lambda: now)
-    waiting = Waiting()
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
+    """The steady clock."""
+    clock = ManualClock()
+    monkeypatch.setattr(module.time, "monotonic", clock)
+    return clock
+
+
+def left_out(*, found: int = 0) -> Waiting:
+    """In ``a`` all that waits is of tenants that have their share, but for what was found; ``b`` was empty."""
+    waiting = empty("a", "b")
+    waiting.changed([keys.list_of("a", 0).encode()])
     waiting.asked("a")
-    waiting.answered("a", claim(left_out=1))
-    assert waiting.due(["a"]) == []
+    waiting.answered("a", Claim(0.0, False, 1, 0, [LeasedMessage("1", b"{}")] * found))
+    return waiting
 
-    now += module.LEFT_OUT_SECONDS
 
+IN_FLIGHT = keys.IN_FLIGHT.encode()
+
+
+def test_when_a_tenant_has_less_in_flight_it_is_looked_at_at_once(steady: ManualClock) -> None:
+    """And without news after a while."""
+    waiting = left_out()
+    steady.advance(1)
+    assert waiting.due(["a", "b"]) == []
+    assert waiting.changed([IN_FLIGHT]) is True
+    assert waiting.due(["a", "b"]) == ["a"]
+
+    waiting = left_out()
+    steady.advance(module.LEFT_OUT_SECONDS)
+    assert waiting.due(["a", "b"]) == ["a"]
+
+
+@pytest.mark.parametrize("news", [IN_FLIGHT, keys.lanes_of("a")[1].encode()])
+def test_where_much_goes_on_it_is_looked_at_in_good_measure(steady: ManualClock, news: bytes) -> None:
+    """What ends elsewhere, and is claimed elsewhere, is news each time."""
+    waiting, looks = left_out(), 0
+    for _ in range(1000):
+        steady.advance(0.001)
+        if waiting.changed([news]) or waiting.due(["a"]):
+            looks += 1
+            waiting.asked("a")
+            waiting.answered("a", Claim(0.0, False, 1, 0, []))
+    assert looks == 20
+
+    assert waiting.changed([news]) is False
+    assert waiting.wake_at() == steady.now + module.PACE_SECONDS
+    steady.advance(module.PACE_SECONDS)
     assert waiting.due(["a"]) == ["a"]
+
+
+def test_who_ends_a_request_looks_at_once(steady: ManualClock) -> None:
+    """So does who has just found something."""
+    waiting = left_out()
+    assert waiting.freed() is True
+    assert waiting.due(["a", "b"]) == ["a"]
+    assert empty("a").freed() is False
+
+    waiting = left_out(found=1)
+    assert waiting.changed([IN_FLIGHT]) is True
+    assert waiting.due(["a", "b"]) == ["a"]
+
+
+def test_nobody_left_out_is_no_reason_to_look(steady: ManualClock) -> None:
+    waiting = left_out()
+    waiting.changed(None)
+    waiting.asked("a")
+    waiting.answered("a", Claim(0.0, False, 0, 0, []))
+
+    assert waiting.changed([IN_FLIGHT]) is False
+    assert waiting.wake_at() is None
 
 
 def test_a_broker_that_owes_an_answer_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:

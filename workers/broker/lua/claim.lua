@@ -127,7 +127,7 @@ local function take(step, n)
     end
   end
   out[3] = out[3] + skipped
-  redis.call('HSET', KEYS[5], 'turn:' .. shared, turn)
+  if taken > before then redis.call('HSET', KEYS[5], 'turn:' .. shared, turn) end
   step.lanes = redis.call('ZCARD', zset)
   return taken - before
 end
@@ -185,6 +185,7 @@ elseif busy > 1 then
 end
 
 if redis.call('EXISTS', unpack(KEYS, 7)) > 0 and taken == limit then out[2] = 1 end
+if out[3] > 0 then redis.call('EXISTS', KEYS[6]) end -- so that it is told when one of the tenants' requests has ended
 
 local state = taken > 0 and redis.call('HMGET', KEYS[5], 'bytes', 'at', 'taken', 'rate')
 if state and state[1] then -- not for the queues of Celery's own
