@@ -28,6 +28,8 @@ under ``muai:``.
 ``muai:workers:seen``                   zset worker id -> last announcement, ms
 ``muai:workers:info``                   hash worker id -> what the worker announces, JSON
 ``muai:workers:more``                   the same, what readers of 0.1.0 do not know and would refuse
+``muai:workers:digests``                hash worker id -> digest of what it announces, but for what passes
+``muai:workers:changed``                zset worker id -> when it came, changed or went, ms; for two minutes
 ``muai:underway``                       zset request id -> when it was submitted, ms; until it has ended
 ``muai:contents``                       hash request id -> digest of what it asks, while it is under way
 ``muai:doubted``                        hash request id -> list and message of what was submitted while it was under way
@@ -72,6 +74,8 @@ SWEEPING: Final = "muai:sweeping"
 WORKERS_SEEN: Final = "muai:workers:seen"
 WORKERS_INFO: Final = "muai:workers:info"
 WORKERS_MORE: Final = "muai:workers:more"
+WORKERS_DIGESTS: Final = "muai:workers:digests"
+WORKERS_CHANGED: Final = "muai:workers:changed"
 
 GPU_LEASES: Final = "muai:gpu:leases"
 GPU_HOLDERS: Final = "muai:gpu:holders"

@@ -5,7 +5,10 @@ A worker of a newer release may announce more than is known here: what is not kn
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import hashlib
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -27,6 +30,13 @@ from shared.limits import Limits
 
 AFTER_0_1_0 = {"limits", "quiet_seconds", "ready", "loading"}
 """What readers of 0.1.0 do not know: they refuse an announcement that has it, so it is kept beside it."""
+
+PASSING = {"in_flight", "quiet_seconds", "age_ms"}
+"""What of an announcement is different each time; whoever chooses an engine does not go by it."""
+
+WHOLE_SECONDS = 60.0
+"""After how long all announcements are read again, whatever is known of what has changed: a broker that took over from
+another may have another clock, or lack what was written last."""
 
 
 class Announced(BaseModel):
@@ -111,6 +121,19 @@ class WorkerInfo(Announced):
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What has changed of the live workers, or, where it is the ``whole``, all of them.
+
+    ``stamp`` says up to when; ``gone`` are the ids of those that left or fell silent.
+    """
+
+    stamp: str
+    whole: bool
+    gone: frozenset[str]
+    workers: dict[str, WorkerInfo]
+
+
 class WorkerRegistry:
     """Announce a worker and list those that live."""
 
@@ -118,22 +141,71 @@ class WorkerRegistry:
         self._silent_ms = int(silent_after_seconds * 1000)
         self._announce = client.register_script(lua("shared", "announce"))
         self._live = client.register_script(lua("shared", "live"))
-        self._keys = [keys.WORKERS_SEEN, keys.WORKERS_INFO, keys.WORKERS_MORE]
+        self._keys = [
+            keys.WORKERS_SEEN, keys.WORKERS_INFO, keys.WORKERS_MORE, keys.WORKERS_DIGESTS, keys.WORKERS_CHANGED,
+        ]  # fmt: skip
 
-    def announce(self, worker: WorkerInfo) -> None:
-        """Say that ``worker`` lives; workers that fell silent are dropped on the way."""
+    def announce(self, worker: WorkerInfo, since: str = "") -> Changes:
+        """Say that ``worker`` lives; workers that fell silent are dropped on the way. Returns :meth:`changes`."""
         info, more = worker.model_dump_json(exclude=AFTER_0_1_0), worker.model_dump_json(include=AFTER_0_1_0)
-        self._announce(keys=self._keys, args=[worker.id, info, self._silent_ms, more])
+        lasting = hashlib.sha256(worker.model_dump_json(exclude=PASSING).encode()).hexdigest()
+        args = [worker.id, info, self._silent_ms, more, lasting, int(2 * WHOLE_SECONDS * 1000), since]
+        return _changes_of(self._announce(keys=self._keys, args=args))
 
     def leave(self, worker_id: str) -> None:
         """Take a worker out at once."""
-        self._announce(keys=self._keys, args=[worker_id, "", self._silent_ms, ""])
+        self._announce(keys=self._keys, args=[worker_id, "", self._silent_ms])
+
+    def changes(self, since: str = "") -> Changes:
+        """What has changed since a stamp; all where that is empty, or nobody has kept it."""
+        return _changes_of(self._live(keys=self._keys, args=[self._silent_ms, since]))
 
     def live(self) -> list[WorkerInfo]:
         """Workers that announced themselves within the time of silence, the longest running first."""
-        rows = self._live(keys=self._keys, args=[self._silent_ms])
-        workers = [
-            WorkerInfo.model_validate({**orjson.loads(info), **orjson.loads(more or "{}"), "age_ms": max(0, int(age))})
-            for age, info, more in zip(rows[::3], rows[1::3], rows[2::3], strict=True)
-        ]
-        return sorted(workers, key=lambda worker: worker.started)
+        return _in_order(self.changes().workers)
+
+
+class Roster:
+    """The live workers for who asks again and again: the broker is asked for what has changed.
+
+    What passes (:data:`PASSING`) is as of when all was read last. From any thread.
+    """
+
+    def __init__(self, registry: WorkerRegistry) -> None:
+        self._registry = registry
+        self._known: tuple[str, dict[str, WorkerInfo]] = ("", {})
+        self._whole_at = float("-inf")
+
+    def read(self) -> list[WorkerInfo]:
+        """Those that live now, the longest running first."""
+        return self._take(self._registry.changes(self._since()))
+
+    def announce(self, worker: WorkerInfo) -> list[WorkerInfo]:
+        """Say that ``worker`` lives; returns the same."""
+        return self._take(self._registry.announce(worker, self._since()))
+
+    def _since(self) -> str:
+        return self._known[0] if time.monotonic() - self._whole_at < WHOLE_SECONDS else ""
+
+    def _take(self, found: Changes) -> list[WorkerInfo]:
+        left = self._known[1]
+        if found.whole:
+            left, self._whole_at = {}, time.monotonic()
+        left = {name: worker for name, worker in left.items() if name not in found.gone}
+        self._known = found.stamp, {**left, **found.workers}
+        return _in_order(self._known[1])
+
+
+def _changes_of(answer: tuple[bytes, int, list[bytes], list[Any]]) -> Changes:
+    stamp, whole, gone, rows = answer
+    workers = {
+        worker.decode(): WorkerInfo.model_validate(
+            {**orjson.loads(info), **orjson.loads(more or "{}"), "age_ms": max(0, int(age))}
+        )
+        for worker, age, info, more in zip(rows[::4], rows[1::4], rows[2::4], rows[3::4], strict=True)
+    }
+    return Changes(stamp.decode(), bool(whole), frozenset(worker.decode() for worker in gone), workers)
+
+
+def _in_order(workers: Mapping[str, WorkerInfo]) -> list[WorkerInfo]:
+    return sorted(workers.values(), key=lambda worker: worker.started)

@@ -9,7 +9,7 @@ import redis
 from shared.broker import broker_errors
 from shared.contract import EngineName, InferenceRequest
 from shared.errors import NoEngineAvailable
-from shared.registry import WorkerInfo, WorkerRegistry
+from shared.registry import Roster, WorkerInfo, WorkerRegistry
 from shared.routing import choose, park
 from shared.settings import Settings
 
@@ -24,6 +24,7 @@ class EngineChoice:
     def __init__(self, client: redis.Redis, settings: Settings) -> None:
         self._settings = settings
         self._registry = WorkerRegistry(client, settings.fleet.silent_after_seconds)
+        self._roster = Roster(self._registry)
         self._workers: list[WorkerInfo] = []
         self._read_at = float("-inf")
         self._choices: dict[tuple[object, ...], EngineName] = {}
@@ -31,15 +32,22 @@ class EngineChoice:
     def live_workers(self) -> list[WorkerInfo]:
         """Read the list of live workers; engines are chosen by it from now on."""
         with broker_errors(self._settings.fleet, "list the workers"):
-            self._workers = self._registry.live()
-        self._read_at = time.monotonic()
-        self._choices.clear()
-        return self._workers
+            return self._take(self._registry.live())
 
     def refresh(self) -> None:
         """Read the list again where it is not new."""
         if self._older_than(REFRESH_SECONDS):
-            self.live_workers()
+            self._read()
+
+    def _read(self) -> None:
+        with broker_errors(self._settings.fleet, "list the workers"):
+            self._take(self._roster.read())
+
+    def _take(self, workers: list[WorkerInfo]) -> list[WorkerInfo]:
+        self._read_at = time.monotonic()
+        self._workers = workers
+        self._choices.clear()
+        return workers
 
     def engine_for(self, request: InferenceRequest) -> EngineName:
         """The engine to submit a request to; raises as :func:`shared.routing.choose` does.
@@ -47,7 +55,7 @@ class EngineChoice:
         A request with a deadline may wait for an engine that no live worker has now.
         """
         if self._older_than(STALE_SECONDS):
-            self.live_workers()
+            self._read()
         key = (request.model, request.kind, request.engine_preference, request.features)
         engine = self._choices.get(key)
         if engine is not None:
@@ -56,7 +64,7 @@ class EngineChoice:
             engine = self._choices[key] = choose(request, self._workers, self._settings)
         except NoEngineAvailable:
             if self._older_than(REFRESH_SECONDS):  # a worker may have come
-                self.live_workers()
+                self._read()
                 return self.engine_for(request)
             engine = park(request, self._workers, self._settings) if request.deadline is not None else None
             if engine is None:

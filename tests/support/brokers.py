@@ -28,6 +28,12 @@ def cancelled_record(request_id: str) -> bytes:
     return wire.failure_meta(request_id, Cancelled(), status="REVOKED")
 
 
+def set_clock(client: redis.Redis, clock: ManualClock) -> None:
+    """Let the scripts of :class:`ClockedRedis` go by this clock, as it is now."""
+    seconds, micros = divmod(round(clock() * 1_000_000), 1_000_000)
+    client.set(CLOCK, f'["{seconds}", "{micros}"]')
+
+
 class MemorySide:
     """The broker in memory."""
 
@@ -112,8 +118,7 @@ class RedisSide:
         return bool(self._cancel(keys=[keys.result_key(request_id), keys.CANCELLED], args=[record, 3600]))
 
     def _set_clock(self) -> None:
-        seconds, micros = divmod(round(self._clock() * 1_000_000), 1_000_000)
-        self._client.set(CLOCK, f'["{seconds}", "{micros}"]')
+        set_clock(self._client, self._clock)
 
     def forget(self, request_id: str) -> None:
         self._client.delete(keys.result_key(request_id))

@@ -13,7 +13,7 @@ from shared.broker_checks import check_eviction, check_persistence, check_versio
 from shared.errors import FleetError
 from shared.findings import Grade
 from shared.masking import masked_url
-from shared.registry import WorkerInfo, WorkerRegistry
+from shared.registry import Roster, WorkerInfo, WorkerRegistry
 from shared.settings import FleetSettings
 from workers.broker.delivery import Delivery
 
@@ -27,13 +27,19 @@ class LiveWorkers:
     """The workers of the fleet, as of the last time the registry was asked. From any thread."""
 
     def __init__(self, registry: WorkerRegistry) -> None:
-        self._registry = registry
+        self._roster = Roster(registry)
         self._at = float("-inf")
         self.known: list[WorkerInfo] = []
 
     def __call__(self) -> list[WorkerInfo]:
         """Those that were known last."""
         return self.known
+
+    def announce(self, worker: WorkerInfo) -> None:
+        """Say that ``worker`` lives, and learn who else does."""
+        now = time.time()
+        self.known = self._roster.announce(worker)
+        self._at = now
 
     def refresh(self, since: float) -> None:
         """Ask who lives now, unless that was asked just before, and after ``since`` (seconds since the epoch).
@@ -42,7 +48,7 @@ class LiveWorkers:
         """
         now = time.time()
         if not max(since, now - FRESH_SECONDS) <= self._at <= now:
-            self.known = self._registry.live()
+            self.known = self._roster.read()
             self._at = now
 
 
@@ -101,9 +107,8 @@ class Announcer:
             try:
                 info = self._describe()
                 worker_id = info.id
-                self._registry.announce(info)
+                self._live.announce(info)
                 self._check_broker()
-                self._live.refresh(time.time())
                 self._delivery.share_out(sum(engine.max_batch_size for w in self._live() for engine in w.engines))
                 if info.ready:
                     self._look(time.monotonic())

@@ -5,11 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 import pytest
+import redis
 
+from shared import keys
+from shared.embedded import EmbeddedBroker
 from shared.errors import NoEngineAvailable
-from shared.registry import WorkerInfo
+from shared.registry import Roster, WorkerInfo, WorkerRegistry
+from shared.settings import FleetSettings
+from tests.benchmarks.bench_registry import Announcers, worker_of
+from tests.support.brokers import ClockedRedis, set_clock
+from tests.support.clock import ManualClock
 from tests.support.requests import ECHO
 from tests.support.shell import muai_says
 from tests.support.waiting import eventually
@@ -78,3 +86,125 @@ def test_a_worker_that_stops_leaves_at_once(fleet) -> None:
 
     assert fleet.processes[0].wait(20) == 0
     assert fleet.client.fleet() == []
+
+
+class Registry:
+    """A registry on a broker whose clock the test sets."""
+
+    def __init__(self, url: str, clock: ManualClock) -> None:
+        self.client = ClockedRedis.from_url(url, protocol=2)
+        self.clock = clock
+        self.registry = WorkerRegistry(self.client, 8.0)
+        self.roster = Roster(self.registry)
+
+    def announce(self, *numbers: int, in_flight: int = 0, **changes: object) -> None:
+        self._tick()
+        for number in numbers:
+            self.registry.announce(worker_of(number, in_flight).model_copy(update=changes))
+
+    def leave(self, number: int) -> None:
+        self._tick()
+        self.registry.leave(worker_of(number).id)
+
+    def read(self) -> tuple[list[int], bool]:
+        """Who lives, as far as the roster knows; and whether it read all of them."""
+        self._tick()
+        whole = self.registry.changes(self.roster._known[0]).whole
+        return [worker.pid for worker in self.roster.read()], whole
+
+    def _tick(self) -> None:
+        self.clock.advance(0.001)
+        set_clock(self.client, self.clock)
+
+
+@pytest.fixture
+def registry(redis_client: redis.Redis, broker: EmbeddedBroker) -> Iterator[Registry]:
+    """An empty one."""
+    made = Registry(broker.url, ManualClock())
+    yield made
+    made.client.close()
+
+
+def test_who_asks_again_is_told_what_has_changed(registry: Registry) -> None:
+    """Who came, changed and left; what passes is no change."""
+    registry.announce(1, 2, 3)
+    assert registry.read() == ([1, 2, 3], True)
+    registry.announce(1, 2, in_flight=7)
+    registry.leave(3)
+    registry.announce(4)
+    changes = registry.registry.changes(registry.roster._known[0])
+    assert (sorted(changes.workers), changes.gone) == ([worker_of(4).id], {worker_of(3).id})
+    assert registry.read() == ([1, 2, 4], False)
+
+    registry.announce(1, queues=("onnx",))
+    assert registry.read()[1] is False
+    assert registry.roster.read()[0].queues == ("onnx",)
+
+
+def test_who_falls_silent_is_missed_at_once(registry: Registry) -> None:
+    """By who only asks as well, and it counts again when it is back."""
+    registry.announce(1, 2)
+    registry.read()
+    registry.clock.advance(5)
+    registry.announce(1)
+    registry.clock.advance(3.5)
+    assert registry.read()[0] == [1]
+    registry.announce(2)
+    assert registry.read()[0] == [1, 2]
+    registry.clock.advance(9)
+    assert registry.read()[0] == []
+    registry.announce(1)
+    assert registry.read()[0] == [1]
+
+
+def test_a_broker_that_was_emptied_or_has_another_clock_is_read_anew(registry: Registry) -> None:
+    """Nothing that is known from before counts."""
+    registry.announce(1, 2)
+    registry.read()
+    registry.client.flushdb()
+    registry.announce(3)
+    assert registry.read()[0] == [3]
+
+    registry.clock.advance(-3600)
+    registry.announce(3, queues=("onnx",))
+    registry.read()
+    assert registry.roster.read()[0].queues == ("onnx",)
+
+
+def test_workers_that_keep_no_changes_are_seen(registry: Registry) -> None:
+    """Those of 0.1.0: among themselves, and beside newer ones."""
+
+    def old(number: int) -> None:
+        registry._tick()
+        registry.client.zadd(keys.WORKERS_SEEN, {worker_of(number).id: int(registry.clock() * 1000)})
+        registry.client.hset(keys.WORKERS_INFO, worker_of(number).id, worker_of(number).model_dump_json())
+
+    old(1)
+    assert registry.read() == ([1], True)
+    old(2)
+    assert registry.read() == ([1, 2], True)
+    registry.announce(3)
+    assert registry.read()[0] == [1, 2, 3]
+    registry.client.hdel(keys.WORKERS_INFO, worker_of(1).id)
+    registry.client.zrem(keys.WORKERS_SEEN, worker_of(1).id)
+    registry.clock.advance(1)
+    registry.announce(3)
+    assert registry.read() == ([2, 3], False)
+
+
+def test_heartbeats_cost_the_broker_the_same_however_many_there_are(
+    redis_client: redis.Redis, broker: EmbeddedBroker
+) -> None:
+    """Two hundred workers take less than 3 % of its time."""
+    costs = {}
+    for count in (20, 200):
+        redis_client.flushall()
+        announcers = Announcers(redis.Redis.from_url(broker.url, protocol=2), count)
+        announcers.round(0)
+        before = redis_client.info("stats")["total_commands_processed"]
+        announcers.round(1)
+        commands = redis_client.info("stats")["total_commands_processed"] - before
+        costs[count] = commands / count, min(announcers.micros() for _ in range(3))
+
+    assert costs[200][0] < costs[20][0] + 1
+    assert costs[200][1] / 1e6 * 200 / FleetSettings().heartbeat_seconds < 0.03
