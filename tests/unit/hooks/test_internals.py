@@ -27,7 +27,7 @@ from workers.hooks.internals import LIBRARIES, NAMES, RELIED_UPON, Recorded
 
 ROOT = Path(__file__).resolve().parents[3]
 RECORDED = Recorded.read(internals.KEPT)
-OF_PYTHON = {"_exit", "_run_exitfuncs"}
+OF_PYTHON = {"_current_frames", "_exit", "_run_exitfuncs"}
 """Names of Python's own library, the first of which is public."""
 
 
