@@ -73,8 +73,8 @@ bench-engines: setup-engines  ## what the fleet leaves of each engine's own spee
 bench-overload: setup  ## what a flood of one tenant's requests, or of urgent ones, costs the others
 	@$(BIN)/python -m tests.benchmarks.bench_overload
 
-faults: setup  ## break the fleet on purpose and count what is lost or doubled; half an hour (ONLY=<name>,<name>)
-	@$(BIN)/python -m tests.faults --only '$(ONLY)'
+faults: setup  ## break the fleet on purpose and count what is lost or doubled; half an hour (ONLY=<name>,<name>; SEED= RUNS= of anything)
+	@$(BIN)/python -m tests.faults --only '$(ONLY)' $(if $(SEED),--seed $(SEED)) $(if $(RUNS),--runs $(RUNS)) $(if $(COMPOSITION),--composition '$(COMPOSITION)') $(if $(KEEP),--keep '$(KEEP)')
 
 soak: setup  ## a long time with a fault every 30 s: nothing is lost, and nothing grows (MINUTES=30)
 	@$(BIN)/python -m tests.faults --only soak --minutes $(or $(MINUTES),30)

@@ -14,6 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tests.faults.anything.composition import Composition
+from tests.faults.anything.seeds import run_one
 from tests.faults.stage import Figure
 from tests.faults.suite import SCENARIOS
 
@@ -26,12 +28,25 @@ def main() -> int:
     parser.add_argument("--only", default="", help="names of scenarios, with commas: " + ", ".join(SCENARIOS))
     parser.add_argument("--minutes", type=float, default=30.0, help="length of the soak")
     parser.add_argument("--short", action="store_true", help="the size that runs with the tests")
+    parser.add_argument("--seed", type=int, help="the first seed of `anything`; one run of it, unless --runs says more")
+    parser.add_argument("--runs", type=int, help="how many seeds of `anything`, each after the other")
+    parser.add_argument("--no-shrink", action="store_true", help="leave what fails as it is")
+    parser.add_argument("--composition", type=Path, help="a file with a composition of `anything`, to run it again")
     parser.add_argument("--keep", type=Path, help="keep logs and ledgers in this folder")
     options = parser.parse_args()
     names = [name for name in options.only.split(",") if name] or [name for name in SCENARIOS if name != "soak"]
     if unknown := sorted(set(names) - set(SCENARIOS)):
         parser.error(f"there is no {', '.join(unknown)}; there are: {', '.join(SCENARIOS)}")
     SCENARIOS["soak"].full["minutes"] = options.minutes
+    if options.composition is not None:
+        return int(
+            bool(run_one(options.keep or Path(".muai/faults"), Composition.from_json(options.composition.read_text())))
+        )
+    if options.seed is not None or options.runs is not None:
+        if options.no_shrink:
+            SCENARIOS["anything"].full["shrink"] = 0.0
+        first = options.seed or 0
+        SCENARIOS["anything"].full["seeds"] = range(first, first + (options.runs or 1))
     found: list[tuple[str, Figure]] = []
     with tempfile.TemporaryDirectory(prefix="muai-faults-") as temporary:
         for name in names:

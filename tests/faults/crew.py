@@ -58,6 +58,8 @@ class Crew:
 
     def __init__(self, folder: Path, environ: dict[str, str], client: Client) -> None:
         self.members: list[Member] = []
+        self.replaced: list[Member] = []
+        """Those that have ended and have a successor."""
         self.respawning = False
         self._folder = folder
         self._environ = environ
@@ -78,11 +80,12 @@ class Crew:
         self._supervisor.join()
         self.stop()
 
-    def start(self, count: int, queues: str = "fake", **environ: str) -> list[Member]:
-        """Start so many workers and wait until the fleet knows them."""
+    def start(self, count: int, queues: str = "fake", *, wait: bool = True, **environ: str) -> list[Member]:
+        """Start so many workers and, unless told otherwise, wait until the fleet knows them."""
         with self._lock:
             started = [self._add(queues, self._new_number(), {**self._environ, **environ}) for _ in range(count)]
-        self.wait_live(started)
+        if wait:
+            self.wait_live(started)
         return started
 
     def wait_live(self, members: Iterable[Member] | None = None) -> None:
@@ -149,4 +152,5 @@ class Crew:
                 if self.respawning:
                     for dead in [member for member in self.members if not member.alive()]:
                         self.members.remove(dead)
+                        self.replaced.append(dead)
                         self._add(dead.queues, dead.number, dead.environ)

@@ -28,12 +28,16 @@ LOOK_AT_ONCE = 500
 
 
 class Execution(NamedTuple):
-    """One run of one request: its id, the engine, the worker's process, and when it began (seconds since the epoch)."""
+    """One run of one request: its id, the engine, the worker's process, and when it began (seconds since the epoch).
+
+    ``batch`` is how many ran with it, itself included.
+    """
 
     id: str
     engine: str
     pid: int
     began: float
+    batch: int = 1
 
 
 class Ended(NamedTuple):
@@ -187,8 +191,8 @@ class Ledger:
             whole = fresh[: fresh.rfind(b"\n") + 1]
             self._read += len(whole)
             for line in whole.decode().splitlines():
-                request_id, engine, pid, began = line.split(" ")
-                self._executions.append(Execution(request_id, engine, int(pid), float(began)))
+                request_id, engine, pid, began, batch = line.rsplit(" ", 4)
+                self._executions.append(Execution(request_id, engine, int(pid), float(began), int(batch)))
             return list(self._executions)
 
     def runs(self, engine: str | None = None) -> Counter[str]:
@@ -220,5 +224,12 @@ def answer_of(record: Mapping[str, Any]) -> str:
     """The text that a result record carries, or ``!`` and the name of its error."""
     result = record["result"]
     if record["status"] == "SUCCESS":
-        return str(result["outputs"]["text"])
+        return text_of(result["outputs"])
     return f"!{result['exc_type']}"
+
+
+def text_of(outputs: Mapping[str, Any]) -> str:
+    """An answer as text: the text that it holds, or all of it where it is of vectors and scores."""
+    if set(outputs) >= {"text", "finish_reason"}:
+        return str(outputs["text"])
+    return orjson.dumps(outputs, option=orjson.OPT_SORT_KEYS).decode()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults import asked_twice, chords, failover, kills, members, network, soak, stalls, stops
+from tests.faults.anything.seeds import run_seeds
 from tests.faults.stage import Figure
 
 
@@ -128,6 +129,11 @@ SCENARIOS = {
         chords.ended_chords,
         full={"kills": 50, "chords": 1000},
         short={"kills": 2, "chords": 30},
+    ),
+    "anything": Scenario(
+        run_seeds,
+        full={"seeds": range(100)},
+        short={"seeds": (0, 1), "shrink": 0.0},
     ),
     "soak": Scenario(
         soak.soak,

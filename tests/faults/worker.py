@@ -23,6 +23,7 @@ from pathlib import Path
 from shared.contract import EngineName, InferenceRequest
 from shared.errors import EngineError
 from shared.settings import ModelSpec
+from tests.faults.anything.clock import CLOCK, be_wrong
 from tests.support.forked import be_worker
 from workers import engines
 from workers.engines.base import Emit, EngineOutput
@@ -30,6 +31,9 @@ from workers.engines.fake import FakeEngine, FakeModel
 
 EXECUTIONS = "FAULTS_EXECUTIONS"
 """The environment variable that names the file in which executions are noted."""
+
+FIRST_MS = "FAULTS_FIRST_MS"
+"""The one that says how much longer the first batch of a model takes, in ms."""
 
 _DEEDS = {
     "!die": lambda _: os.kill(os.getpid(), signal.SIGKILL),
@@ -42,10 +46,14 @@ class FaultyModel(FakeModel):
     """Notes what it runs, and does what prompts tell it to."""
 
     engine = EngineName.FAKE
+    warm = False
 
     def infer(self, requests: Sequence[InferenceRequest], emit: Emit) -> None:
         """Answer every member that does not say otherwise."""
         self._note(requests)
+        if not self.warm:
+            self.warm = True
+            time.sleep(float(os.environ.get(FIRST_MS, "0")) / 1000)
         for request in requests:
             word, _, rest = (request.inputs.prompt or "").partition(" ")
             if word in _DEEDS:
@@ -58,7 +66,8 @@ class FaultyModel(FakeModel):
         super().infer(requests, told)
 
     def _note(self, requests: Sequence[InferenceRequest]) -> None:
-        lines = "".join(f"{request.id} {self.engine} {os.getpid()} {time.time():.4f}\n" for request in requests)
+        now, size = f"{self.engine} {os.getpid()} {time.time():.4f}", len(requests)
+        lines = "".join(f"{request.id} {now} {size}\n" for request in requests)
         note = os.open(os.environ[EXECUTIONS], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(note, lines.encode())
         os.close(note)
@@ -92,4 +101,6 @@ def run(arguments: Sequence[str], environ: dict[str, str], log: Path) -> None:
     """Be such a worker until the end of this process."""
     engines._CLASSES[EngineName.FAKE] = f"{__name__}:{FaultyEngine.__name__}"
     engines._CLASSES[EngineName.PYTORCH] = f"{__name__}:{StandInEngine.__name__}"
+    if CLOCK in environ:
+        be_wrong(Path(environ[CLOCK]))
     be_worker(["-l", "info", *arguments], environ, log)
