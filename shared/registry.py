@@ -28,7 +28,7 @@ from shared.broker import lua
 from shared.contract import EngineName, Feature, Kind
 from shared.limits import Limits
 
-AFTER_0_1_0 = {"limits", "quiet_seconds", "ready", "loading"}
+AFTER_0_1_0 = {"limits", "quiet_seconds", "ready", "loading", "weights"}
 """What readers of 0.1.0 do not know: they refuse an announcement that has it, so it is kept beside it."""
 
 PASSING = {"in_flight", "quiet_seconds", "age_ms"}
@@ -76,6 +76,13 @@ class ServedModel(Announced):
     notes: tuple[str, ...] = ()
 
 
+class Weights(Announced):
+    """What the files of a loaded model are: a digest, and when one was changed last (seconds since the epoch)."""
+
+    digest: str
+    changed: float
+
+
 class EngineInfo(Announced):
     """One engine of a worker. ``failed`` names the models that it cannot answer with now, and why."""
 
@@ -92,7 +99,8 @@ class WorkerInfo(Announced):
     ``gpus`` are the uuids of the GPUs it has leased, ``gpu_problems`` says of those that failed why. ``limits`` are
     those that it keeps to now; ``quiet_seconds`` is, for each engine that runs something, how long ago that has begun
     or made its last token. ``loading`` is, for each engine that loads one, the model. A worker that is not ``ready``
-    loads what it needs before it takes requests: they may wait for it.
+    loads what it needs before it takes requests: they may wait for it. ``weights`` are by engine those of its loaded
+    models.
     """
 
     id: str
@@ -108,6 +116,7 @@ class WorkerInfo(Announced):
     quiet_seconds: dict[str, float] = {}
     ready: bool = True
     loading: dict[str, str] = {}
+    weights: dict[str, dict[str, Weights]] = {}
     age_ms: int = 0
 
     def serves(self, engine: EngineName, model: str, kind: Kind, features: Collection[Feature] = ()) -> bool:

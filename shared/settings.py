@@ -384,6 +384,9 @@ class ModelsSettings(Section):
 
     cache_dir: str = Field("./models", description="Where converted models are kept.")
     max_cached: Positive = Field(3, description="Most models a worker keeps in memory; the least recently used goes.")
+    newest_only: bool = Field(
+        False, description="Where workers have different weights under one name, only those with the newest serve."
+    )
     catalog: dict[str, ModelSpec] = Field({}, description="The models by name.")
 
     @model_validator(mode="after")

@@ -27,6 +27,7 @@ from workers.broker.seal import Seal
 from workers.devices.devices import Devices
 from workers.ends.canvas import Canvas
 from workers.ends.settler import Settler
+from workers.models.newest import NewestWeights
 from workers.observe.celery_events import CeleryEvents
 from workers.observe.observers import Observers
 from workers.path.execution import Loop
@@ -69,8 +70,9 @@ class Fleet:
         self.live = LiveWorkers(self.registry)
         self.rescuer = Rescuer(self.delivery, self.settler, self.limits, settings, self.worker_id, self.live)
         self.announcer = Announcer(
-            self.client, settings.fleet, self.registry, self.live, self.delivery, self.describe, self.rescuer.look
+            self.client, settings.fleet, self.registry, self.live, self.delivery, self.describe, self._look
         )
+        self._newest = NewestWeights(only=settings.models.newest_only)
         self.roster = Roster(settings, self.limits, self.client, self.devices, self.observers)
         self.intakes = self.roster.intakes
         self.stopping = Stopping(
@@ -159,9 +161,20 @@ class Fleet:
                 for runner in list(self.roster.runners)
                 if (model := runner.models.loading) is not None
             },
+            weights={
+                runner.models.engine.name: weights
+                for runner in list(self.roster.runners)
+                if (weights := runner.models.weights())
+            },
             gpus=self.devices.gpus,
             gpu_problems=self.devices.problems,
         )
+
+    def _look(self, now: float) -> None:
+        """Look after what is known of the other workers; at each heartbeat, not on the loop."""
+        if self._newest.compare([runner.models for runner in list(self.roster.runners)], self.live()):
+            self.announcer.announce_now()
+        self.rescuer.look(now)
 
     def take_on(self, engine: EngineName, then: Callable[[], None]) -> None:
         """Have another engine while this worker runs; ``then`` is called when its queue may be consumed.

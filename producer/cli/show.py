@@ -18,6 +18,7 @@ from producer.client.spool_file import Spooled
 from shared.contract import InferenceResult
 from shared.findings import Finding, Grade
 from shared.registry import EngineInfo, WorkerInfo
+from shared.weights import differences
 
 PLAIN_WIDTH = 200
 """Columns where the output is no terminal: a program that reads it wants no broken lines."""
@@ -75,6 +76,8 @@ def status_tables(workers: list[WorkerInfo], lengths: Mapping[str, int]) -> list
         parts.append(table)
     else:
         parts.append(Text("no worker is alive; start one with: celery -A workers worker -Q pytorch"))
+    for name, text in differences(workers).items():
+        parts.append(Text(f"different weights are served under the name {name!r}: {text}", style="bold red"))
     queues = _table("queue", "waiting")
     for name, count in lengths.items():
         if name not in ("leased", "dead"):

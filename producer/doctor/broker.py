@@ -20,6 +20,7 @@ from shared.masking import masked_url
 from shared.registry import WorkerInfo, WorkerRegistry
 from shared.settings import Settings
 from shared.tls import unchecked
+from shared.weights import differences
 
 SLOW_BROKER_MS = 5.0
 
@@ -43,6 +44,7 @@ def check_broker(settings: Settings) -> Iterator[Finding]:
         workers = WorkerRegistry(client, settings.fleet.silent_after_seconds).live()
         yield check_workers(workers, settings)
         yield from check_chains(workers, settings)
+        yield from check_weights(workers)
         yield from check_parity(workers)
         yield check_gpu_leases(read_gpus(client))
     except (redis.RedisError, OSError) as error:
@@ -131,6 +133,15 @@ def check_chains(workers: Sequence[WorkerInfo], settings: Settings) -> Iterator[
             )  # fmt: skip
         else:
             yield Finding(Grade.OK if live else Grade.WARN, f"chain {name}", text)
+
+
+def check_weights(workers: Sequence[WorkerInfo]) -> Iterator[Finding]:
+    """Whether the same weights are served under a name wherever it is served."""
+    for name, text in differences(workers).items():
+        yield Finding(
+            Grade.WARN, f"weights {name}", f"different ones are served: {text}",
+            "restart the workers with the older ones, or set models.newest_only",
+        )  # fmt: skip
 
 
 def check_parity(workers: Sequence[WorkerInfo]) -> Iterator[Finding]:

@@ -6,17 +6,18 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from shared.contract import Feature, Kind
 from shared.errors import BadRequest, EngineDied, EngineLoadError, FleetError, UnknownModel
 from shared.limits import Limits, LimitsInForce
-from shared.registry import ServedModel
+from shared.registry import ServedModel, Weights
 from shared.settings import ModelSpec, Settings
 from workers.engines.base import Engine, LoadedModel, OnTokens
 from workers.models.breaker import CircuitBreaker, State
+from workers.models.weights import weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class ModelManager:
         self._catalog = {name: spec for name, spec in settings.models.catalog.items() if spec.served_by(engine.name)}
         self._loaded: OrderedDict[str, LoadedModel] = OrderedDict()
         self._parity: dict[str, str] = {}
+        self._weights: dict[str, Weights] = {}
+        self._outdated: Mapping[str, FleetError] = {}
         self._breakers = {name: CircuitBreaker(self._limits.now.breaker) for name in self._catalog}
         self._lock = threading.Lock()
         self._on_tokens: OnTokens | None = None
@@ -106,6 +109,7 @@ class ModelManager:
         model = self._loaded.pop(name, None)
         if model is None:
             return False
+        self._weights.pop(name, None)
         started = time.perf_counter()
         model.close()
         self._record(ModelEvent(name, "unload", time.perf_counter() - started, reason))
@@ -184,7 +188,7 @@ class ModelManager:
     def serves(self, name: str, kind: Kind, features: frozenset[Feature] = frozenset()) -> bool:
         """Whether a request of this kind for this model can be tried here."""
         spec = self._catalog.get(name)
-        if spec is None or self._breakers[name].error is not None or not features <= self.engine.features:
+        if spec is None or self._error(name) is not None or not features <= self.engine.features:
             return False
         model = self._loaded.get(name)
         return kind in (spec.kinds if model is None else model.kinds)
@@ -193,7 +197,7 @@ class ModelManager:
         """The models that can be asked now."""
         found = {}
         for name, spec in self._catalog.items():
-            if self._breakers[name].error is not None:
+            if self._error(name) is not None:
                 continue
             model = self._loaded.get(name)
             if model is None:
@@ -206,7 +210,19 @@ class ModelManager:
 
     def failures(self) -> dict[str, FleetError]:
         """The models that cannot be asked now, and why."""
-        return {name: error for name, breaker in self._breakers.items() if (error := breaker.error) is not None}
+        return {name: error for name in self._catalog if (error := self._error(name)) is not None}
+
+    def _error(self, name: str) -> FleetError | None:
+        return self._breakers[name].error or self._outdated.get(name)
+
+    def weights(self) -> dict[str, Weights]:
+        """What the files of the loaded models were when they were loaded."""
+        return dict(self._weights)
+
+    def outdate(self, models: Mapping[str, FleetError]) -> bool:
+        """Serve these, by name with the reason, no longer, though loaded; whether they are others than before."""
+        before, self._outdated = self._outdated, models
+        return before.keys() != models.keys()
 
     def _load(self, spec: ModelSpec, on_trial: bool = False) -> LoadedModel:
         self.loading = spec.name
@@ -219,6 +235,7 @@ class ModelManager:
         while len(self._loaded) >= (most := self._limits.now.max_cached):
             self.unload(next(iter(self._loaded)), f"max_cached ({most}) reached")
         started = time.perf_counter()
+        weights = weights_of(spec.path)
         try:
             model = self.engine.load(spec)
             try:
@@ -238,6 +255,8 @@ class ModelManager:
             if not on_trial:
                 self.failed(spec.name, failure)
             raise failure from error
+        if weights is not None:
+            self._weights[spec.name] = weights
         self._loaded[spec.name] = model
         model.on_death = partial(self.failed, spec.name)
         model.on_tokens = self._on_tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shared.contract import EngineName, Kind
 from shared.features import Feature
-from shared.registry import WorkerInfo
+from shared.registry import AFTER_0_1_0, EngineInfo, ServedModel, WorkerInfo
 
 
 def test_what_a_newer_worker_announces_is_read_as_far_as_it_is_known() -> None:
@@ -22,3 +22,12 @@ def test_what_a_newer_worker_announces_is_read_as_far_as_it_is_known() -> None:
     assert [info.name for info in worker.engines] == [EngineName.ONNX]
     assert worker.serves(EngineName.ONNX, "m", Kind.GENERATE, {Feature.LOGPROBS})
     assert not worker.serves(EngineName.ONNX, "m", Kind.CHAT)
+
+
+def test_what_is_new_is_kept_beside_what_readers_of_0_1_0_know() -> None:
+    """They refuse an announcement with any other field in it."""
+    known = {"id", "host", "pid", "started", "queues", "engines", "in_flight", "gpus", "gpu_problems", "age_ms"}
+
+    assert WorkerInfo.model_fields.keys() - AFTER_0_1_0 == known
+    assert EngineInfo.model_fields.keys() == {"name", "features", "models", "max_batch_size", "failed"}
+    assert ServedModel.model_fields.keys() == {"kinds", "loaded", "parity", "notes"}
