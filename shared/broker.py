@@ -11,6 +11,8 @@ from importlib import resources
 from typing import Any
 
 import redis
+import redis.asyncio
+from redis.asyncio.retry import Retry as AsyncioRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -29,17 +31,32 @@ def connect(fleet: BrokerTerms, *, socket_timeout: float | None = None) -> redis
     Commands are not retried by the client library: whoever sends one knows whether it may be sent twice.
     Raises :class:`ConfigurationError` for a URL that cannot be read.
     """
+    limit = fleet.socket_timeout_seconds if socket_timeout is None else socket_timeout
+    client: redis.Redis = _from_url(redis.Redis, fleet, socket_timeout=limit, retry=Retry(NoBackoff(), 0))
+    pool = client.connection_pool
+    pool.connection_class = _telling(pool.connection_class)
+    return client
+
+
+def connect_asyncio(fleet: BrokerTerms) -> redis.asyncio.Redis:
+    """The same for asyncio. Who reads from its connections limits the time that it takes."""
+    client: redis.asyncio.Redis = _from_url(
+        redis.asyncio.Redis, fleet, socket_timeout=None, retry=AsyncioRetry(NoBackoff(), 0)
+    )
+    return client
+
+
+def _from_url(client_class: Any, fleet: BrokerTerms, **options: Any) -> Any:
     if unchecked(fleet):
         logger.warning("the broker's certificate is not checked (fleet.tls_verify): whoever answers is believed")
     try:
-        client = redis.Redis.from_url(
+        return client_class.from_url(
             plain_url(fleet.redis_url),
             socket_connect_timeout=fleet.connect_timeout_seconds,
-            socket_timeout=socket_timeout if socket_timeout is not None else fleet.socket_timeout_seconds,
             socket_keepalive=True,
             health_check_interval=0,
-            retry=Retry(NoBackoff(), 0),
             protocol=2,
+            **options,
             **tls_options(fleet),
         )
     except ValueError:
@@ -48,9 +65,6 @@ def connect(fleet: BrokerTerms, *, socket_timeout: float | None = None) -> redis
             f"fleet.redis_url: {masked_url(fleet.redis_url)!r} cannot be read as a URL; allowed: "
             "redis://[user:password@]host[:port][/database], with special characters in the password escaped"
         ) from None
-    pool = client.connection_pool
-    pool.connection_class = _telling(pool.connection_class)
-    return client
 
 
 def hasten(client: redis.Redis, seconds: float) -> None:

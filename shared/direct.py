@@ -4,10 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import select
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import redis
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A Lua script, and the name that the broker knows it by."""
+
+    text: str
+    sha: str
+
+    @classmethod
+    def of(cls, text: str) -> Script:
+        """The script of this text."""
+        return cls(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+    def by_name(self, keys: Sequence[str], args: Sequence[str | bytes | float]) -> tuple[str | bytes | float, ...]:
+        """The command that runs it where the broker knows it."""
+        return ("EVALSHA", self.sha, len(keys), *keys, *args)
+
+    def in_full(self, keys: Sequence[str], args: Sequence[str | bytes | float]) -> tuple[str | bytes | float, ...]:
+        """The command that runs it where it does not."""
+        return ("EVAL", self.text, len(keys), *keys, *args)
 
 
 class DirectConnection:
@@ -43,28 +65,40 @@ class DirectConnection:
         self._connection.disconnect()
 
 
-class DirectScript:
-    """A script that is run again and again. Safe to use from several threads."""
+class DirectConnections:
+    """As many connections as threads send at once. Safe to use from several threads."""
 
-    def __init__(self, client: redis.Redis, text: str) -> None:
+    def __init__(self, client: redis.Redis) -> None:
         self._client = client
-        self._text = text
-        self._sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
         self._free: list[DirectConnection] = []
 
-    def __call__(self, keys: Sequence[str], args: Sequence[str | bytes | float]) -> Any:
-        """Run it. Raises what the client library raises."""
+    def command(self, *words: str | bytes | float) -> Any:
+        """Send a command and return its answer. Raises what the client library raises."""
+        return self._with_one(lambda connection: _asked(connection, words))
+
+    def run(self, script: Script, keys: Sequence[str], args: Sequence[str | bytes | float]) -> Any:
+        """Run a script. Raises what the client library raises."""
+
+        def run(connection: DirectConnection) -> Any:
+            try:
+                return _asked(connection, script.by_name(keys, args))
+            except redis.exceptions.NoScriptError:
+                return _asked(connection, script.in_full(keys, args))
+
+        return self._with_one(run)
+
+    def close(self) -> None:
+        """Close those that are not in use."""
+        while self._free:
+            self._free.pop().drop()
+
+    def _with_one(self, use: Callable[[DirectConnection], Any]) -> Any:
         try:
             connection = self._free.pop()
         except IndexError:
             connection = DirectConnection(self._client)
         try:
-            connection.send("EVALSHA", self._sha, len(keys), *keys, *args)
-            try:
-                answer = connection.read()
-            except redis.exceptions.NoScriptError:
-                connection.send("EVAL", self._text, len(keys), *keys, *args)
-                answer = connection.read()
+            return use(connection)
         except redis.ResponseError as error:
             if isinstance(error, redis.ReadOnlyError):
                 connection.drop()
@@ -74,4 +108,8 @@ class DirectScript:
             raise
         finally:
             self._free.append(connection)
-        return answer
+
+
+def _asked(connection: DirectConnection, words: Sequence[str | bytes | float]) -> Any:
+    connection.send(*words)
+    return connection.read()

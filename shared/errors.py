@@ -57,6 +57,10 @@ class SpoolFull(BrokerUnavailable):
     """The broker cannot be reached, and the spool is full."""
 
 
+class ClientClosed(FleetError, RuntimeError):
+    """The client is closed."""
+
+
 class NoDeviceAvailable(FleetError):
     """The GPUs that this worker needs are not free."""
 

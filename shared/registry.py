@@ -38,6 +38,9 @@ WHOLE_SECONDS = 60.0
 """After how long all announcements are read again, whatever is known of what has changed: a broker that took over from
 another may have another clock, or lack what was written last."""
 
+KEYS = (keys.WORKERS_SEEN, keys.WORKERS_INFO, keys.WORKERS_MORE, keys.WORKERS_DIGESTS, keys.WORKERS_CHANGED)
+"""What the registry is kept in."""
+
 
 class Announced(BaseModel):
     """Base of what workers announce: immutable, and unknown fields are passed over."""
@@ -150,62 +153,70 @@ class WorkerRegistry:
         self._silent_ms = int(silent_after_seconds * 1000)
         self._announce = client.register_script(lua("shared", "announce"))
         self._live = client.register_script(lua("shared", "live"))
-        self._keys = [
-            keys.WORKERS_SEEN, keys.WORKERS_INFO, keys.WORKERS_MORE, keys.WORKERS_DIGESTS, keys.WORKERS_CHANGED,
-        ]  # fmt: skip
 
     def announce(self, worker: WorkerInfo, since: str = "") -> Changes:
         """Say that ``worker`` lives; workers that fell silent are dropped on the way. Returns :meth:`changes`."""
         info, more = worker.model_dump_json(exclude=AFTER_0_1_0), worker.model_dump_json(include=AFTER_0_1_0)
         lasting = hashlib.sha256(worker.model_dump_json(exclude=PASSING).encode()).hexdigest()
         args = [worker.id, info, self._silent_ms, more, lasting, int(2 * WHOLE_SECONDS * 1000), since]
-        return _changes_of(self._announce(keys=self._keys, args=args))
+        return changes_of(self._announce(keys=KEYS, args=args))
 
     def leave(self, worker_id: str) -> None:
         """Take a worker out at once."""
-        self._announce(keys=self._keys, args=[worker_id, "", self._silent_ms])
+        self._announce(keys=KEYS, args=[worker_id, "", self._silent_ms])
 
     def changes(self, since: str = "") -> Changes:
         """What has changed since a stamp; all where that is empty, or nobody has kept it."""
-        return _changes_of(self._live(keys=self._keys, args=[self._silent_ms, since]))
+        return changes_of(self._live(keys=KEYS, args=[self._silent_ms, since]))
 
     def live(self) -> list[WorkerInfo]:
         """Workers that announced themselves within the time of silence, the longest running first."""
-        return _in_order(self.changes().workers)
+        return in_order(self.changes().workers)
 
 
-class Roster:
-    """The live workers for who asks again and again: the broker is asked for what has changed.
+class KnownWorkers:
+    """The live workers for who asks again and again: what was known, and what has changed since. Asks nobody itself.
 
     What passes (:data:`PASSING`) is as of when all was read last. From any thread.
     """
 
-    def __init__(self, registry: WorkerRegistry) -> None:
-        self._registry = registry
+    def __init__(self) -> None:
         self._known: tuple[str, dict[str, WorkerInfo]] = ("", {})
         self._whole_at = float("-inf")
 
-    def read(self) -> list[WorkerInfo]:
-        """Those that live now, the longest running first."""
-        return self._take(self._registry.changes(self._since()))
-
-    def announce(self, worker: WorkerInfo) -> list[WorkerInfo]:
-        """Say that ``worker`` lives; returns the same."""
-        return self._take(self._registry.announce(worker, self._since()))
-
-    def _since(self) -> str:
+    @property
+    def since(self) -> str:
+        """The stamp to ask with."""
         return self._known[0] if time.monotonic() - self._whole_at < WHOLE_SECONDS else ""
 
-    def _take(self, found: Changes) -> list[WorkerInfo]:
+    def take(self, found: Changes) -> list[WorkerInfo]:
+        """Take in what has changed; returns those that live now, the longest running first."""
         left = self._known[1]
         if found.whole:
             left, self._whole_at = {}, time.monotonic()
         left = {name: worker for name, worker in left.items() if name not in found.gone}
         self._known = found.stamp, {**left, **found.workers}
-        return _in_order(self._known[1])
+        return in_order(self._known[1])
 
 
-def _changes_of(answer: tuple[bytes, int, list[bytes], list[Any]]) -> Changes:
+class Roster:
+    """The live workers for who asks again and again: the broker is asked for what has changed. From any thread."""
+
+    def __init__(self, registry: WorkerRegistry) -> None:
+        self._registry = registry
+        self._known = KnownWorkers()
+
+    def read(self) -> list[WorkerInfo]:
+        """Those that live now, the longest running first."""
+        return self._known.take(self._registry.changes(self._known.since))
+
+    def announce(self, worker: WorkerInfo) -> list[WorkerInfo]:
+        """Say that ``worker`` lives; returns the same."""
+        return self._known.take(self._registry.announce(worker, self._known.since))
+
+
+def changes_of(answer: tuple[bytes, int, list[bytes], list[Any]]) -> Changes:
+    """What a script of ``roster.lua`` has answered."""
     stamp, whole, gone, rows = answer
     workers = {
         worker.decode(): WorkerInfo.model_validate(
@@ -216,5 +227,6 @@ def _changes_of(answer: tuple[bytes, int, list[bytes], list[Any]]) -> Changes:
     return Changes(stamp.decode(), bool(whole), frozenset(worker.decode() for worker in gone), workers)
 
 
-def _in_order(workers: Mapping[str, WorkerInfo]) -> list[WorkerInfo]:
+def in_order(workers: Mapping[str, WorkerInfo]) -> list[WorkerInfo]:
+    """These workers, the longest running first."""
     return sorted(workers.values(), key=lambda worker: worker.started)

@@ -1,44 +1,84 @@
-"""The client for asyncio: the same client, awaited. Its results come through the same reader."""
+"""The client for asyncio: the same steps, awaited on the caller's loop. No thread waits for anything."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, Self
+import os
+import uuid
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Self, TypeVar
 
-from producer.client.client import Client
-from producer.client.handle import Handle
-from producer.client.records import POLL_SECONDS, Outcome, RequestStatus
-from producer.client.submission import HeadersOf, RequestLike
+from producer.client.awaiting import Awaiting
+from producer.client.client import settings_for
+from producer.client.handle import known, not_pickled
+from producer.client.local import Local
+from producer.client.progress import Progress, reporting
+from producer.client.records import Outcome, RequestStatus
+from producer.client.replies_asyncio import LoopReplyReader
+from producer.client.requests import Requests
+from producer.client.source_asyncio import AsyncReading
+from producer.client.spool_file import Spool
+from producer.client.spool_sender import SpoolSender
+from producer.client.steps import Steps
+from producer.client.submission import HeadersOf, RequestLike, Submission, one_request
+from producer.client.submitted import Submitted
+from producer.client.window import Item, Reading, Window
+from shared.broker import connect_asyncio
 from shared.contract import InferenceResult
-from shared.errors import FleetError
+from shared.direct_asyncio import SharedConnection
+from shared.errors import BrokerUnavailable, ClientClosed, FleetError
 from shared.registry import WorkerInfo
 from shared.settings import OnOutage, Settings
 
+T = TypeVar("T")
+
 
 class AsyncHandle:
-    """One submitted request."""
+    """One submitted request. It is of use as long as its client is open."""
 
-    __slots__ = ("_handle", "id")
+    __slots__ = ("_client", "_submitted")
 
-    def __init__(self, handle: Handle) -> None:
-        self._handle = handle
-        self.id = handle.id
+    def __init__(self, submitted: Submitted, client: AsyncClient) -> None:
+        self._submitted = submitted
+        self._client = client
+
+    def __repr__(self) -> str:
+        return f"<AsyncHandle {self.id} {'done' if self.done() else 'open'}>"
+
+    def __reduce__(self) -> NoReturn:
+        not_pickled("a handle")
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return self._submitted.id
+
+    @property
+    def deadline(self) -> float | None:
+        """The request's deadline, in seconds since the epoch."""
+        return self._submitted.deadline
+
+    def done(self) -> bool:
+        """Whether the request has ended, as far as this client knows. Does not ask the broker."""
+        return known(self._submitted) is not None
 
     async def status(self) -> RequestStatus:
         """Where the request is now."""
-        return await asyncio.to_thread(self._handle.status)
+        return await self._client.status(self.id)
 
-    async def outcome(self, timeout: float | None = None) -> Outcome:
-        """The result or the error, as a value. Raises :class:`TimeoutError` after ``timeout`` seconds."""
-        async with asyncio.timeout(timeout):
-            future = asyncio.wrap_future(self._handle.future)
-            while True:
-                try:
-                    return await asyncio.wait_for(asyncio.shield(future), POLL_SECONDS)
-                except TimeoutError:
-                    if (found := await asyncio.to_thread(self._handle.look)) is not None:
-                        return found
+    async def outcome(self, timeout: float | None = None, *, through_outages: bool = True) -> Outcome:
+        """The result or the error, as a value; as :meth:`Handle.outcome <producer.client.handle.Handle.outcome>`.
+
+        Any number of tasks may wait; one that is cancelled takes nobody along.
+        """
+        if (outcome := known(self._submitted)) is not None:
+            return outcome
+        submitted = self._submitted
+        return await self._client._carry_out(
+            lambda own: own.outcome(submitted, timeout, through_outages=through_outages)
+        )
 
     async def result(self, timeout: float | None = None) -> InferenceResult:
         """Wait for the result. Raises the request's error, or :class:`TimeoutError` after ``timeout`` seconds."""
@@ -49,11 +89,15 @@ class AsyncHandle:
 
     async def cancel(self) -> bool:
         """Cancel the request; ``False`` where it had ended before."""
-        return await asyncio.to_thread(self._handle.cancel)
+        return await self._client.cancel(self.id)
 
 
 class AsyncClient:
-    """:class:`~producer.client.client.Client` for asyncio; the arguments and errors are the same."""
+    """:class:`~producer.client.client.Client` for asyncio; the arguments and errors are the same.
+
+    It is used from event loops only. Each loop, and after a fork each process, has connections and a reply stream of
+    its own, made when the client is first used there. Only the spool's file is written from a thread.
+    """
 
     def __init__(
         self,
@@ -63,7 +107,12 @@ class AsyncClient:
         on_outage: OnOutage | None = None,
         headers: HeadersOf | None = None,
     ) -> None:
-        self._client = Client(redis_url, settings, on_outage=on_outage, headers=headers)
+        self.settings = settings_for(redis_url, settings)
+        self.on_outage: OnOutage = on_outage or self.settings.fleet.on_outage
+        self._closed = False
+        self._headers = headers
+        self._sessions = Local(self._new_session, _process_and_loop)
+        connect_asyncio(self.settings.fleet)  # what is wrong with the URL is said here
 
     async def __aenter__(self) -> Self:
         return self
@@ -71,30 +120,186 @@ class AsyncClient:
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
 
+    def __reduce__(self) -> NoReturn:
+        not_pickled("a client")
+
     async def close(self) -> None:
-        """Stop waiting for results."""
-        await asyncio.to_thread(self._client.close)
+        """Stop waiting for results. Requests that are under way go on; their results stay readable by id.
+
+        From now on every use raises :class:`~shared.errors.ClientClosed`, and so does waiting that is under way.
+        """
+        self._closed = True
+        if (session := self._sessions.pop()) is not None:
+            await session.close()
+
+    async def _carry_out(self, steps: Callable[[Requests], Steps[T]]) -> T:
+        if self._closed:
+            raise ClientClosed
+        session = self._sessions.get()
+        return await session.awaiting.run(steps(session.requests))
+
+    def _new_session(self) -> LoopSession:
+        self._sessions.drop(lambda session: session.loop.is_closed())
+        return LoopSession(self.settings, self.on_outage, self._headers)
+
+    # -- submit -----------------------------------------------------------------------------------------------------
 
     async def submit(
         self, request: RequestLike | None = None, /, *, timeout: float | None = None, **fields: Any
     ) -> AsyncHandle:
         """Submit one request."""
-        return AsyncHandle(await asyncio.to_thread(self._client.submit, request, timeout=timeout, **fields))
+        return (await self.submit_many([one_request(request, fields)], timeout=timeout))[0]
 
     async def submit_many(self, requests: Sequence[RequestLike], *, timeout: float | None = None) -> list[AsyncHandle]:
-        """Submit several in one round trip."""
-        handles = await asyncio.to_thread(self._client.submit_many, requests, timeout=timeout)
-        return [AsyncHandle(handle) for handle in handles]
+        """Submit several in one round trip: all of them or, where one is refused, none.
 
-    async def map(self, requests: Any, **options: Any) -> AsyncIterator[InferenceResult | FleetError]:
-        """Submit many and yield their results in order, in bounded memory; the options are those of ``Client.map``."""
-        results = self._client.map(requests, **options)
-        try:
-            while (outcome := await asyncio.to_thread(next, results, None)) is not None:
-                yield outcome
-        finally:
-            await asyncio.to_thread(results.close)  # type: ignore[attr-defined]
+        A task that is cancelled meanwhile may have submitted them.
+        """
+        submitted = await self._carry_out(lambda own: own.submit(requests, timeout))
+        return [AsyncHandle(one, self) for one in submitted]
+
+    def map(
+        self,
+        requests: Iterable[Item] | AsyncIterable[Item],
+        *,
+        window: int = 512,
+        progress: bool | Progress = False,
+        errors: Literal["raise", "yield"] = "raise",
+        timeout: float | None = None,
+        total: int | None = None,
+    ) -> Outcomes:
+        """Submit many and yield their results in order, in bounded memory; the options are those of ``Client.map``.
+
+        ``requests`` may be asynchronous. One that is not is read on the loop, and should not block. Where a result is
+        waited for within a time limit that passes, asking again goes on where it was.
+        """
+        if self._closed:
+            raise ClientClosed
+        if total is None and isinstance(requests, Sequence):
+            total = len(requests)
+        source = AsyncReading(requests) if isinstance(requests, AsyncIterable) else Reading(requests)
+        under_way = Window(source, window, timeout, patient=self.on_outage != "raise")
+        return Outcomes(self, under_way, source, (progress, total), raising=errors == "raise")
+
+    # -- requests that are under way --------------------------------------------------------------------------------
+
+    async def handle(self, request_id: str) -> AsyncHandle:
+        """The handle of a request that was submitted before, by this client or another."""
+        return AsyncHandle(await self._carry_out(lambda own: own.find(request_id)), self)
+
+    async def status(self, request_id: str) -> RequestStatus:
+        """Where a request is."""
+        return await self._carry_out(lambda own: own.results.status(request_id))
+
+    async def cancel(self, request_id: str) -> bool:
+        """Cancel a request: its caller gets :class:`~shared.errors.Cancelled`. ``False`` where it had ended before."""
+        return await self._carry_out(lambda own: own.results.cancel(request_id))
 
     async def fleet(self) -> list[WorkerInfo]:
         """The live workers."""
-        return await asyncio.to_thread(self._client.fleet)
+        return await self._carry_out(lambda own: own.engines.live_workers())
+
+
+class Outcomes(AsyncIterator[InferenceResult | FleetError]):
+    """The outcomes of :meth:`AsyncClient.map`, in order. Close it, where it is left before its end."""
+
+    def __init__(
+        self,
+        client: AsyncClient,
+        window: Window,
+        source: Reading | AsyncReading,
+        progress: tuple[bool | Progress, int | None],
+        *,
+        raising: bool,
+    ) -> None:
+        self._client = client
+        self._window = window
+        self._source = source
+        self._stack = ExitStack()
+        self._progress = progress
+        self._report: Progress | None = None
+        self._raising = raising
+        self._done = 0
+        self._ended = False
+        self._turn = asyncio.Lock()
+        self._next: asyncio.Task[Outcome | None] | None = None
+
+    async def __anext__(self) -> InferenceResult | FleetError:
+        async with self._turn:
+            return await self._outcome()
+
+    async def _outcome(self) -> InferenceResult | FleetError:
+        if self._ended:
+            raise StopAsyncIteration
+        wanted, total = self._progress
+        if self._report is None:
+            self._report = self._stack.enter_context(reporting(wanted, total))
+        if self._next is None:
+            self._next = asyncio.create_task(self._client._carry_out(self._window.next))
+        try:  # who gives up waiting does not stop it: the next who asks has it
+            outcome = await asyncio.shield(self._next)
+        except Exception:
+            self._next = None
+            raise
+        self._next = None
+        if outcome is None:
+            await self.aclose()
+            raise StopAsyncIteration
+        if isinstance(outcome, FleetError) and self._raising:
+            await self.aclose()
+            raise outcome
+        self._done += 1
+        self._report(self._done, total)
+        return outcome
+
+    async def aclose(self) -> None:
+        """Submit no more. What is under way goes on."""
+        self._ended = True
+        self._stack.close()
+        if self._next is not None:
+            self._next.cancel()
+            await asyncio.gather(self._next, return_exceptions=True)
+        if isinstance(self._source, AsyncReading):
+            await self._source.close()
+
+
+class LoopSession:
+    """What a client has in one event loop: its connections, its reply stream, and what it knows of the fleet."""
+
+    def __init__(self, settings: Settings, on_outage: OnOutage, headers: HeadersOf | None) -> None:
+        fleet = settings.fleet
+        self.loop = asyncio.get_running_loop()
+        self._connection = SharedConnection(connect_asyncio(fleet), fleet.socket_timeout_seconds)
+        self.awaiting = Awaiting(self._connection)
+        self.replies = LoopReplyReader(fleet, uuid.uuid4().hex, self.awaiting)
+        self.requests = Requests(settings, self.replies, headers)
+        self._sender: SpoolSender | None = None
+        if on_outage == "spool":
+            spool = Spool(Path(fleet.spool_path), fleet.spool_max_bytes)
+            self._sender = SpoolSender(spool, self._send, self._answer)
+            self._sender.start()
+        self.requests.outages(on_outage, self._sender)
+
+    def _send(self, submissions: Sequence[Submission]) -> None:
+        """Submit, from the spool's thread."""
+        try:
+            sending = asyncio.run_coroutine_threadsafe(self.awaiting.run(self.requests.send(submissions)), self.loop)
+        except RuntimeError as error:  # the loop is closed, and the client was not
+            raise BrokerUnavailable(f"cannot submit: {error}") from error
+        sending.result()
+
+    def _answer(self, request_id: str, outcome: Outcome) -> None:
+        """Resolve a request, from the spool's thread."""
+        self.loop.call_soon_threadsafe(self.replies.awaited.resolve, request_id, outcome)
+
+    async def close(self) -> None:
+        """Close everything."""
+        self.awaiting.close()
+        if self._sender is not None:
+            await asyncio.to_thread(self._sender.close)
+        await self.replies.close()
+        await self._connection.close()
+
+
+def _process_and_loop() -> tuple[int, asyncio.AbstractEventLoop]:
+    return os.getpid(), asyncio.get_running_loop()

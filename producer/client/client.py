@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
-import time
+import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self, TypeVar, cast
 
+import redis
+
+from producer.client.blocking import Blocking
 from producer.client.dead_letters import DeadLetters
-from producer.client.engine_choice import EngineChoice
-from producer.client.handle import Handle
-from producer.client.outage import outage_policy
+from producer.client.handle import Handle, not_pickled
+from producer.client.local import Local
 from producer.client.progress import Progress, reporting
 from producer.client.records import Outcome, RequestStatus
 from producer.client.replies import ReplyReader
-from producer.client.results import StoredResults
+from producer.client.requests import Requests
 from producer.client.spool_file import Spool
 from producer.client.spool_sender import SpoolSender
-from producer.client.submission import HeadersOf, RequestLike, Submission, prepare
-from producer.client.submitter import Submitter
-from producer.client.window import Item, Window
+from producer.client.steps import Steps
+from producer.client.submission import HeadersOf, RequestLike, one_request
+from producer.client.submitted import Submitted
+from producer.client.window import Item, Reading, Window
 from shared.broker import broker_errors, connect
 from shared.contract import InferenceResult
-from shared.errors import BrokerUnavailable, FleetError
+from shared.errors import ClientClosed, FleetError
 from shared.queues import lengths
 from shared.registry import WorkerInfo
 from shared.settings import OnOutage, Settings
 
+T = TypeVar("T")
+
 
 class Client:
     """A connection to the fleet. Safe to use from several threads; close it, or use it in a ``with`` block.
+
+    After a fork the child has connections, a reply stream and threads of its own, made when it first uses the client;
+    what the parent has under way stays the parent's, and its handles find their results from the child as well. Closing
+    it in one process closes it for that one.
 
     Args:
         redis_url: the broker; by default what the settings say.
@@ -55,22 +66,11 @@ class Client:
         on_outage: OnOutage | None = None,
         headers: HeadersOf | None = None,
     ) -> None:
-        if settings is None:
-            from shared.settings_loader import load_settings
-
-            settings = load_settings()
-        if redis_url is not None:
-            settings = settings.model_copy(update={"fleet": settings.fleet.model_copy(update={"redis_url": redis_url})})
-        self.settings = settings
-        self.id = uuid.uuid4().hex
-        self.on_outage: OnOutage = on_outage or settings.fleet.on_outage
-        self._headers = headers
-        self._redis = connect(settings.fleet)
-        self._replies = ReplyReader(settings.fleet, self.id)
-        self._results = StoredResults(self._redis, settings.fleet, self._replies)
-        self._engines = EngineChoice(self._redis, settings)
-        self._submitter = Submitter(self._redis, settings, self._replies.stream)
-        self._outages = outage_policy(self.on_outage, settings.fleet, self._send, self._replies.resolve)
+        self.settings = settings_for(redis_url, settings)
+        self.on_outage: OnOutage = on_outage or self.settings.fleet.on_outage
+        self._closed = False
+        self._sessions = Local(partial(Session, self.settings, self.on_outage, headers), os.getpid)
+        self._sessions.get()  # what is wrong with the configuration is said here
 
     def __enter__(self) -> Self:
         return self
@@ -80,11 +80,31 @@ class Client:
     ) -> None:
         self.close()
 
+    def __reduce__(self) -> NoReturn:
+        not_pickled("a client")
+
     def close(self) -> None:
-        """Stop waiting for results. Requests that are under way go on; their results stay readable by id."""
-        self._outages.close()
-        self._replies.close()
-        self._redis.close()
+        """Stop waiting for results. Requests that are under way go on; their results stay readable by id.
+
+        From now on every use raises :class:`~shared.errors.ClientClosed`, and so does waiting that is under way.
+        """
+        self._closed = True
+        if (session := self._sessions.pop()) is not None:
+            session.close()
+
+    @property
+    def _session(self) -> Session:
+        if self._closed:
+            raise ClientClosed
+        return self._sessions.get()
+
+    @property
+    def _redis(self) -> redis.Redis:
+        return self._session.redis
+
+    def _carry_out(self, steps: Callable[[Requests], Steps[T]]) -> T:
+        session = self._session
+        return session.blocking.run(steps(session.requests))
 
     # -- submit -----------------------------------------------------------------------------------------------------
 
@@ -95,46 +115,18 @@ class Client:
         invalid one (:class:`~shared.errors.UnknownModel`, :class:`~shared.errors.UnsupportedKind`,
         :class:`~shared.errors.PayloadTooLarge`), :class:`~shared.errors.NoEngineAvailable` where no live worker can
         serve it (with a deadline it is queued all the same, and served when an engine is there in time),
-        :class:`~shared.errors.QueueFull` and :class:`~shared.errors.QuotaExceeded`, which say when to try again, and
-        :class:`~shared.errors.BrokerUnavailable`.
+        :class:`~shared.errors.QueueFull` and :class:`~shared.errors.QuotaExceeded`, which say when to try again,
+        :class:`~shared.errors.BrokerUnavailable`, and :class:`~shared.errors.ClientClosed` after :meth:`close`.
         """
-        if request is None:
-            request = fields
-        elif fields:
-            raise TypeError("give a request or its fields, not both")
-        return self.submit_many([request], timeout=timeout)[0]
+        return self.submit_many([one_request(request, fields)], timeout=timeout)[0]
 
     def submit_many(self, requests: Sequence[RequestLike], *, timeout: float | None = None) -> list[Handle]:
         """Submit several at once: all of them or, where one is refused, none.
 
         An id is submitted once: again, it gives a handle of the same request, which is not run again.
         """
-        deadline = None if timeout is None else time.time() + timeout
-        submissions = [prepare(request, deadline, self._headers) for request in requests]
-        prepared = [submission.request for submission in submissions]
-        ids = [request.id for request in prepared]
-        futures = self._replies.expect(ids)
-        try:
-            self._outages.submit(submissions)
-        except FleetError as error:
-            self._replies.forget(ids)
-            if isinstance(error, BrokerUnavailable):
-                error.requests = tuple(request.model_copy(update={"id": request.id}) for request in prepared)
-            raise
-        return [
-            Handle(request.id, future, self, request.deadline)
-            for request, future in zip(prepared, futures, strict=True)
-        ]
-
-    def _send(self, submissions: Sequence[Submission]) -> None:
-        """Choose an engine for each and push all of them, each id once; one that has its answer gets it."""
-        chosen = [self._engines.engine_for(submission.request) for submission in submissions]
-        new = self._submitter.submit(list(zip(submissions, chosen, strict=True)), time.time())
-        known = [submission.request.id for submission, pushed in zip(submissions, new, strict=True) if not pushed]
-        with suppress(BrokerUnavailable):  # they are looked up again, and the list is read again
-            if known:
-                self._results.watch(known)
-            self._engines.refresh()
+        submitted = self._carry_out(lambda own: own.submit(requests, timeout))
+        return [Handle(one, self) for one in submitted]
 
     def map(
         self,
@@ -148,55 +140,71 @@ class Client:
     ) -> Iterator[InferenceResult | FleetError]:
         """Submit many and yield their results in order, with at most ``window`` of them under way.
 
-        ``requests`` is read as results are taken, so memory stays bounded whatever its length. Where a queue is full
-        or a quota used up, it waits for room. An item that is a result or an error already (of a line that could not be
-        read, say) is yielded in its place. With ``errors="yield"`` an error takes its result's place and the rest go
-        on; with ``"raise"`` the first one is raised, and with ``on_outage="raise"`` so is the broker's absence.
-        ``timeout`` is each request's, in seconds. ``progress=True`` draws a bar on the terminal; ``total`` is how many
-        there will be, where ``requests`` has no length.
+        A result is yielded as soon as it is there and those before it are. ``requests`` is read as results are taken,
+        so memory stays bounded whatever its length. Where a queue is full or a quota used up, it waits for room. An
+        item that is a result or an error already (of a line that could not be read, say) is yielded in its place. With
+        ``errors="yield"`` an error takes its result's place and the rest go on; with ``"raise"`` the first one is
+        raised, and with ``on_outage="raise"`` so is the broker's absence. ``timeout`` is each request's, in seconds.
+        ``progress=True`` draws a bar on the terminal; ``total`` is how many there will be, where ``requests`` has no
+        length.
         """
+        if self._closed:
+            raise ClientClosed
+        under_way = Window(Reading(requests), window, timeout, patient=self.on_outage != "raise")
         if total is None and isinstance(requests, Sequence):
             total = len(requests)
-        under_way = Window(self.submit_many, window, timeout, patient=self.on_outage != "raise")
-        with reporting(progress, total) as report:
-            for done, outcome in enumerate(under_way.outcomes(requests), start=1):
-                if isinstance(outcome, FleetError) and errors == "raise":
-                    raise outcome
-                report(done, total)
-                yield outcome
+
+        def outcomes() -> Iterator[InferenceResult | FleetError]:
+            with reporting(progress, total) as report:
+                done = 0
+                while (outcome := self._carry_out(under_way.next)) is not None:
+                    if isinstance(outcome, FleetError) and errors == "raise":
+                        raise outcome
+                    done += 1
+                    report(done, total)
+                    yield outcome
+
+        return outcomes()
 
     def deliver(self, spool: Spool) -> int:
         """Submit what is in a spool, the oldest first; returns how many requests went.
 
         Raises :class:`~shared.errors.BrokerUnavailable` where the broker is away. What no live worker can serve stays.
         """
-        return SpoolSender(spool, self._send).deliver()
+        return SpoolSender(spool, self._session.send).deliver()
 
     # -- requests that are under way --------------------------------------------------------------------------------
 
     def handle(self, request_id: str) -> Handle:
         """The handle of a request that was submitted before, by this client or another."""
-        (future,) = self._replies.expect([request_id])
-        self._results.watch([request_id])
-        return Handle(request_id, future, self)
+        return Handle(self._carry_out(lambda own: own.find(request_id)), self)
 
     def status(self, request_id: str) -> RequestStatus:
         """Where a request is."""
-        return self._results.status(request_id)
+        return self._carry_out(lambda own: own.results.status(request_id))
 
     def recover(self, request_id: str) -> Outcome | None:
         """Look up what came of a request, where it is stored; resolves the handle where it is there."""
-        return self._results.outcome(request_id)
+        return self._carry_out(lambda own: own.results.outcome(request_id))
 
     def cancel(self, request_id: str) -> bool:
         """Cancel a request: its caller gets :class:`~shared.errors.Cancelled`. ``False`` where it had ended before."""
-        return self._results.cancel(request_id)
+        return self._carry_out(lambda own: own.results.cancel(request_id))
+
+    def outcome_of(self, submitted: Submitted, timeout: float | None, *, through_outages: bool) -> Outcome:
+        """Wait for the outcome of a request: what its handle does."""
+        return self._carry_out(lambda own: own.outcome(submitted, timeout, through_outages=through_outages))
+
+    def future_of(self, submitted: Submitted) -> Future[Outcome]:
+        """The future of a request in this process: what its handle shows."""
+        future = submitted.future if self._closed else self._session.requests.future_of(submitted)
+        return cast("Future[Outcome]", future)
 
     # -- the fleet --------------------------------------------------------------------------------------------------
 
     def fleet(self) -> list[WorkerInfo]:
         """The live workers."""
-        return self._engines.live_workers()
+        return self._carry_out(lambda own: own.engines.live_workers())
 
     def dead_letters(self) -> DeadLetters:
         """The messages that were given up."""
@@ -204,5 +212,47 @@ class Client:
 
     def queue_lengths(self) -> dict[str, int]:
         """Messages that wait, by queue; under ``dead`` the dead letters, under ``leased`` those in workers' hands."""
+        client = self._redis
         with broker_errors(self.settings.fleet, "count the queues"):
-            return lengths(self._redis)
+            return lengths(client)
+
+
+class Session:
+    """What a client has in one process: its connections, its reply stream, and what it knows of the fleet."""
+
+    def __init__(self, settings: Settings, on_outage: OnOutage, headers: HeadersOf | None) -> None:
+        fleet = settings.fleet
+        self.redis = connect(fleet)
+        self.blocking = Blocking(self.redis)
+        self.replies = ReplyReader(fleet, uuid.uuid4().hex)
+        self.requests = Requests(settings, self.replies, headers)
+        self._sender: SpoolSender | None = None
+        if on_outage == "spool":
+            spool = Spool(Path(fleet.spool_path), fleet.spool_max_bytes)
+            self._sender = SpoolSender(spool, self.send, self.replies.awaited.resolve)
+            self._sender.start()
+        self.requests.outages(on_outage, self._sender)
+
+    def send(self, submissions: Sequence[Any]) -> None:
+        """Submit, whatever becomes of it."""
+        self.blocking.run(self.requests.send(submissions))
+
+    def close(self) -> None:
+        """Close everything."""
+        self.blocking.close()
+        if self._sender is not None:
+            self._sender.close()
+        self.replies.close()
+        self.blocking.close()
+        self.redis.close()
+
+
+def settings_for(redis_url: str | None, settings: Settings | None) -> Settings:
+    """The settings of a client: those that are given or found, with this broker."""
+    if settings is None:
+        from shared.settings_loader import load_settings
+
+        settings = load_settings()
+    if redis_url is None:
+        return settings
+    return settings.model_copy(update={"fleet": settings.fleet.model_copy(update={"redis_url": redis_url})})

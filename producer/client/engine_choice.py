@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 
-import redis
-
-from shared.broker import broker_errors
+from producer.client.steps import Run, Steps
+from shared.broker import broker_errors, lua
 from shared.contract import EngineName, InferenceRequest
+from shared.direct import Script
 from shared.errors import NoEngineAvailable
-from shared.registry import Roster, WorkerInfo, WorkerRegistry
+from shared.registry import KEYS, Changes, KnownWorkers, WorkerInfo, changes_of, in_order
 from shared.routing import choose, park
 from shared.settings import Settings
 
@@ -21,27 +21,33 @@ its way; past the second no engine is chosen by it."""
 class EngineChoice:
     """Chooses engines. Safe to use from several threads."""
 
-    def __init__(self, client: redis.Redis, settings: Settings) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._registry = WorkerRegistry(client, settings.fleet.silent_after_seconds)
-        self._roster = Roster(self._registry)
+        self._live = Script.of(lua("shared", "live"))
+        self._known = KnownWorkers()
         self._workers: list[WorkerInfo] = []
         self._read_at = float("-inf")
         self._choices: dict[tuple[object, ...], EngineName] = {}
 
-    def live_workers(self) -> list[WorkerInfo]:
+    def live_workers(self) -> Steps[list[WorkerInfo]]:
         """Read the list of live workers; engines are chosen by it from now on."""
-        with broker_errors(self._settings.fleet, "list the workers"):
-            return self._take(self._registry.live())
+        found = yield from self._changes("")
+        return self._take(in_order(found.workers))
 
-    def refresh(self) -> None:
+    def refresh(self) -> Steps[None]:
         """Read the list again where it is not new."""
         if self._older_than(REFRESH_SECONDS):
-            self._read()
+            yield from self._read()
 
-    def _read(self) -> None:
-        with broker_errors(self._settings.fleet, "list the workers"):
-            self._take(self._roster.read())
+    def _read(self) -> Steps[None]:
+        found = yield from self._changes(self._known.since)
+        self._take(self._known.take(found))
+
+    def _changes(self, since: str) -> Steps[Changes]:
+        fleet = self._settings.fleet
+        with broker_errors(fleet, "list the workers"):
+            answer = yield Run(self._live, KEYS, [int(fleet.silent_after_seconds * 1000), since])
+        return changes_of(answer)
 
     def _take(self, workers: list[WorkerInfo]) -> list[WorkerInfo]:
         self._read_at = time.monotonic()
@@ -49,13 +55,13 @@ class EngineChoice:
         self._choices.clear()
         return workers
 
-    def engine_for(self, request: InferenceRequest) -> EngineName:
+    def engine_for(self, request: InferenceRequest) -> Steps[EngineName]:
         """The engine to submit a request to; raises as :func:`shared.routing.choose` does.
 
         A request with a deadline may wait for an engine that no live worker has now.
         """
         if self._older_than(STALE_SECONDS):
-            self._read()
+            yield from self._read()
         key = (request.model, request.kind, request.engine_preference, request.features)
         engine = self._choices.get(key)
         if engine is not None:
@@ -64,8 +70,8 @@ class EngineChoice:
             engine = self._choices[key] = choose(request, self._workers, self._settings)
         except NoEngineAvailable:
             if self._older_than(REFRESH_SECONDS):  # a worker may have come
-                self._read()
-                return self.engine_for(request)
+                yield from self._read()
+                return (yield from self.engine_for(request))
             engine = park(request, self._workers, self._settings) if request.deadline is not None else None
             if engine is None:
                 raise

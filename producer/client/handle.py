@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Protocol
+from typing import NoReturn, Protocol
 
-from producer.client.records import POLL_SECONDS, Outcome, RequestStatus
+from producer.client.records import Outcome, RequestStatus
+from producer.client.submitted import Submitted
 from shared.contract import InferenceResult
-from shared.errors import BrokerRefused, BrokerUnavailable, DeadlineExceeded, FleetError
-from shared.registry import WorkerInfo
-
-DEADLINE_GRACE_SECONDS = 5.0
-"""How long after a request's deadline a worker may take to say that it has passed."""
+from shared.errors import FleetError
 
 
 class RequestClient(Protocol):
@@ -22,36 +17,49 @@ class RequestClient(Protocol):
     def status(self, request_id: str) -> RequestStatus:
         """Say where a request is."""
 
-    def recover(self, request_id: str) -> Outcome | None:
-        """Look up what came of a request; ``None`` while it has not ended."""
-
     def cancel(self, request_id: str) -> bool:
         """Cancel a request; ``False`` where it had ended before."""
 
-    def fleet(self) -> list[WorkerInfo]:
-        """List the live workers."""
+    def outcome_of(self, submitted: Submitted, timeout: float | None, *, through_outages: bool) -> Outcome:
+        """Wait for the outcome of a request."""
+
+    def future_of(self, submitted: Submitted) -> Future[Outcome]:
+        """The future of a request in this process."""
 
 
 class Handle:
-    """One submitted request."""
+    """One submitted request. It is of use as long as its client is open, in its process and those forked from it."""
 
-    __slots__ = ("_client", "_grace", "deadline", "future", "id")
+    __slots__ = ("_client", "_submitted")
 
-    def __init__(
-        self, request_id: str, future: Future[Outcome], client: RequestClient, deadline: float | None = None
-    ) -> None:
-        self.id = request_id
-        self.future = future
-        self.deadline = deadline
+    def __init__(self, submitted: Submitted, client: RequestClient) -> None:
+        self._submitted = submitted
         self._client = client
-        self._grace = 0.0
 
     def __repr__(self) -> str:
-        return f"<Handle {self.id} {'done' if self.future.done() else 'open'}>"
+        return f"<Handle {self.id} {'done' if self.done() else 'open'}>"
+
+    def __reduce__(self) -> NoReturn:
+        not_pickled("a handle")
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return self._submitted.id
+
+    @property
+    def deadline(self) -> float | None:
+        """The request's deadline, in seconds since the epoch."""
+        return self._submitted.deadline
+
+    @property
+    def future(self) -> Future[Outcome]:
+        """The outcome to come. It is this handle's own: whoever cancels it does so to nobody else."""
+        return self._client.future_of(self._submitted)
 
     def done(self) -> bool:
         """Whether the request has ended, as far as this process knows. Does not ask the broker."""
-        return self.future.done()
+        return known(self._submitted) is not None
 
     def status(self) -> RequestStatus:
         """Where the request is now; asks the broker unless it has ended here."""
@@ -62,40 +70,12 @@ class Handle:
 
         A request whose own deadline passed while no worker was there to say so ends with
         :class:`~shared.errors.DeadlineExceeded`. A broker that is away is waited for, unless ``through_outages`` is
-        false: then :class:`~shared.errors.BrokerUnavailable` is raised within seconds.
+        false: then :class:`~shared.errors.BrokerUnavailable` is raised within seconds. Raises
+        :class:`~shared.errors.ClientClosed` where the client is, or is closed meanwhile.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            left = POLL_SECONDS if deadline is None else deadline - time.monotonic()
-            try:
-                return self.future.result(max(0.0, min(left, self._abandoned_in(), POLL_SECONDS)))
-            except FutureTimeout:
-                if (found := self.look(through_outages)) is not None:
-                    return found
-                if deadline is not None and time.monotonic() >= deadline and not self.future.done():
-                    raise TimeoutError(f"request {self.id} has no result after {timeout} s") from None
-
-    def look(self, through_outages: bool = True) -> Outcome | None:
-        """Look for the result where it is stored; a request that nobody will answer any more has an error instead."""
-        reason = "no worker has answered"
-        try:
-            found = self._client.recover(self.id)
-            if found is not None or self.future.done() or self.deadline is None or time.time() < self.deadline:
-                return found
-            if not self._client.fleet():
-                return DeadlineExceeded("the request's deadline passed and no worker is alive")
-        except BrokerUnavailable as error:
-            if not through_outages or isinstance(error, BrokerRefused):
-                raise
-            if self.deadline is None or time.time() < self.deadline:
-                return None
-            reason = "the broker is away"
-        self._grace = DEADLINE_GRACE_SECONDS
-        return DeadlineExceeded(f"the request's deadline passed and {reason}") if self._abandoned_in() <= 0 else None
-
-    def _abandoned_in(self) -> float:
-        """Seconds until an answer is not to be expected any more."""
-        return float("inf") if self.deadline is None else self.deadline + self._grace - time.time()
+        if (outcome := known(self._submitted)) is not None:
+            return outcome
+        return self._client.outcome_of(self._submitted, timeout, through_outages=through_outages)
 
     def result(self, timeout: float | None = None) -> InferenceResult:
         """Wait for the result. Raises the request's error, or :class:`TimeoutError` after ``timeout`` seconds."""
@@ -107,3 +87,17 @@ class Handle:
     def cancel(self) -> bool:
         """Cancel the request; ``False`` where it had ended before."""
         return self._client.cancel(self.id)
+
+
+def known(submitted: Submitted) -> Outcome | None:
+    """The outcome of a request, where it is known here; after a fork, also where the parent knew it."""
+    outcome: Outcome | None = getattr(submitted.future, "known", None)
+    return outcome
+
+
+def not_pickled(what: str) -> NoReturn:
+    """Raise :class:`TypeError` for what is bound to a client, with the way there is instead."""
+    raise TypeError(
+        f"{what} cannot be pickled or copied: it is bound to its client's connections. Send the request's id "
+        "(handle.id), and use client.handle(id) with a client of the other process"
+    )

@@ -2,78 +2,84 @@
 
 from __future__ import annotations
 
-import threading
+import logging
+import re
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 
-from producer.client.spool_file import Spool
-from producer.client.spool_sender import Answer, Send, SpoolSender
+from producer.client.spool_sender import SpoolSender
+from producer.client.steps import Command, Pause, Steps, Work
 from producer.client.submission import Submission
-from shared.errors import BrokerRefused, BrokerUnavailable, NoEngineAvailable
-from shared.settings import FleetSettings, OnOutage
+from shared.broker import broker_errors
+from shared.errors import BrokerRefused, BrokerUnavailable, NoEngineAvailable, UnknownModel, UnsupportedKind
+from shared.settings import FleetSettings
+
+logger = logging.getLogger(__name__)
 
 PAUSE_FIRST, PAUSE_LONGEST = 0.1, 2.0
 """Seconds between two tries."""
 
+_UPTIME = re.compile(rb"^uptime_in_seconds:(\d+)", re.MULTILINE)
 
-class Waiting:
-    """Submits again until the broker is back, or the first of the requests' deadlines has come.
+Submit = Callable[[Sequence[Submission]], Steps[None]]
+"""Submits requests: all of them or, where one is refused, none."""
+
+
+NOT_SERVED = (NoEngineAvailable, UnknownModel, UnsupportedKind)
+"""What is said of a request that the workers who have announced themselves do not serve."""
+
+
+def waiting(
+    send: Submit, restarted: Callable[[], Steps[bool]], silent_after: float, submissions: Sequence[Submission]
+) -> Steps[None]:
+    """Submit again until the broker is back, or the first of the requests' deadlines has come.
 
     Right after an outage the workers may not have announced themselves yet: they are waited for as well, for
-    ``silent_after`` seconds.
+    ``silent_after`` seconds. So they are where the broker was ``restarted`` while nobody was looking. Raises what the
+    last try raised.
     """
-
-    def __init__(self, send: Send, silent_after: float) -> None:
-        self._send = send
-        self._silent_after = silent_after
-        self._closed = threading.Event()
-
-    def submit(self, submissions: Sequence[Submission]) -> None:
-        """Submit; raises what the last try raised."""
-        deadlines = [submission.request.deadline for submission in submissions]
-        last = min((deadline for deadline in deadlines if deadline is not None), default=float("inf"))
-        pause, back = PAUSE_FIRST, float("inf")
-        away = False
-        while True:
-            try:
-                self._send(submissions)
-                return
-            except BrokerRefused:
+    deadlines = [submission.request.deadline for submission in submissions]
+    last = min((deadline for deadline in deadlines if deadline is not None), default=float("inf"))
+    pause, there, away = PAUSE_FIRST, float("inf"), False
+    while True:
+        try:
+            yield from send(submissions)
+            return
+        except BrokerRefused:
+            raise
+        except BrokerUnavailable:
+            away, there = True, float("inf")
+            if time.time() + pause >= last:
                 raise
-            except BrokerUnavailable:
-                away, back = True, float("inf")
-                if time.time() + pause >= last or self._closed.wait(pause):
-                    raise
-            except NoEngineAvailable:
-                back = min(back, time.monotonic())
-                if not away or time.monotonic() - back > self._silent_after or self._closed.wait(pause):
-                    raise
-            pause = min(2 * pause, PAUSE_LONGEST)
-
-    def close(self) -> None:
-        """Let those who wait go, with the error."""
-        self._closed.set()
+        except NOT_SERVED:
+            there = min(there, time.monotonic())
+            away = away or (yield from restarted())
+            if not away or time.monotonic() - there > silent_after:
+                raise
+        yield Pause(pause)
+        pause = min(2 * pause, PAUSE_LONGEST)
 
 
-class Raising:
-    """Submits once."""
+def restarted(fleet: FleetSettings) -> Steps[bool]:
+    """Whether the broker was started so short a time ago that its workers may not have announced themselves yet."""
+    try:
+        with broker_errors(fleet, "ask how long it runs"):
+            answer = yield Command(("INFO", "server"))
+    except BrokerUnavailable:
+        return False
+    found = _UPTIME.search(answer)
+    return found is not None and int(found[1]) < fleet.silent_after_seconds
 
-    def __init__(self, send: Send) -> None:
-        self.submit = send
 
-    def close(self) -> None:
-        """Nothing to do."""
-
-
-def outage_policy(
-    on_outage: OnOutage, fleet: FleetSettings, send: Send, answer: Answer
-) -> Raising | Waiting | SpoolSender:
-    """The policy that ``on_outage`` names; it submits with ``send`` and tells ``answer`` of what it gives up later."""
-    if on_outage == "wait":
-        return Waiting(send, fleet.silent_after_seconds)
-    if on_outage == "spool":
-        sender = SpoolSender(Spool(Path(fleet.spool_path), fleet.spool_max_bytes), send, answer)
-        sender.start()
-        return sender
-    return Raising(send)
+def spooling(send: Submit, sender: SpoolSender, submissions: Sequence[Submission]) -> Steps[None]:
+    """Submit, or spool where the broker is away or others wait in the spool already."""
+    if not sender.behind:
+        try:
+            yield from send(submissions)
+            return
+        except BrokerRefused:
+            raise
+        except BrokerUnavailable as error:
+            logger.warning("requests are spooled to %s: %s", sender.path, error)
+    yield Work(partial(sender.keep, submissions))

@@ -11,25 +11,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from itertools import islice
-from typing import Any
 
 import redis
 
-from producer.client.records import POLL_SECONDS, Outcome, decode_record, outcome_of
+from producer.client.awaited import ELSEWHERE_SECONDS, Awaited, look_up
+from producer.client.blocking import Blocking
+from producer.client.records import Outcome
 from producer.client.reply_stream import BLOCK_SECONDS, ReplyStream
 from producer.client.turns import Turns
 from shared import keys
-from shared.errors import FleetError
 from shared.settings import FleetSettings
 
 logger = logging.getLogger(__name__)
-
-ELSEWHERE_SECONDS = 0.2
-"""How often the results are looked up that go to another client's stream."""
-
-LOOKED_UP = 1024
-"""How many at once. All others are looked up each ``POLL_SECONDS``, the oldest first: their entries may be lost."""
 
 ALONE_SECONDS = 0.1
 """How long results are left to those who may come to wait for them, before the client's own thread reads them."""
@@ -42,15 +35,29 @@ PAUSE_SECONDS = 0.5
 
 
 class Reply(Future[Outcome]):
-    """A future result. Whoever waits for it reads it; who asks to be called back has it read."""
+    """A future result. Whoever waits for it reads it; who asks to be called back has it read.
+
+    ``known`` is the result once more, for a process that was forked: there the future itself may not be touched.
+    """
 
     def __init__(self, replies: ReplyReader) -> None:
         super().__init__()
         self._replies = replies
+        self.table = replies.awaited
+        self.known: Outcome | None = None
+
+    def set_result(self, result: Outcome) -> None:
+        """Resolve it."""
+        super().set_result(result)
+        self.known = result
 
     def result(self, timeout: float | None = None) -> Outcome:
         """Wait for the result; raises :class:`TimeoutError`."""
         return super().result(self._replies.wait(self, timeout))
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for what is raised in place of a result: :class:`~shared.errors.ClientClosed`, or nothing."""
+        return super().exception(self._replies.wait(self, timeout))
 
     def add_done_callback(self, fn: Callable[[Future[Outcome]], object]) -> None:
         """Call ``fn`` with this future when the result is there."""
@@ -68,12 +75,10 @@ class ReplyReader:
     def __init__(self, fleet: FleetSettings, client_id: str) -> None:
         self._fleet = fleet
         self.stream = keys.reply_stream(client_id)
+        self.awaited = Awaited(lambda: Reply(self))
         self._entries = ReplyStream(fleet, self.stream)
+        self._broker = Blocking(self._entries.client)
         self._turns = Turns()
-        self._waiting: dict[str, Reply] = {}
-        self._called_back: set[Reply] = set()
-        self._elsewhere: dict[str, None] = {}
-        self._everything_at = self._elsewhere_at = 0.0
         self._failing = False
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -82,69 +87,18 @@ class ReplyReader:
         self._parked = False
         self._used = 0.0
 
-    def expect(self, request_ids: list[str]) -> list[Future[Outcome]]:
-        """One future a request; the same one for an id that is waited for already."""
-        futures: list[Future[Outcome]] = []
+    def expect(self, request_ids: Sequence[str]) -> list[Reply]:
+        """A new future for each request."""
         with self._lock:
-            if not self._waiting:
+            if not len(self.awaited):
                 self._used = time.monotonic()
-            for request_id in request_ids:
-                future = self._waiting.get(request_id)
-                if future is None:
-                    future = self._waiting[request_id] = Reply(self)
-                futures.append(future)
+            futures = self.awaited.expect(request_ids)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="muai-replies", daemon=True)
                 self._thread.start()
             if self._parked:
                 self._stir.set()
         return futures
-
-    def forget(self, request_ids: list[str]) -> None:
-        """Stop waiting: these were never sent."""
-        with self._lock:
-            for request_id in request_ids:
-                self._drop(request_id)
-
-    def watch(self, client: redis.Redis, request_ids: Sequence[str]) -> None:
-        """Look these up now, and from time to time those that have no result yet: another client submitted them."""
-        with self._lock:
-            self._elsewhere.update((request_id, None) for request_id in request_ids if request_id in self._waiting)
-        self._look_up(client, request_ids)
-
-    def resolve_record(self, record: bytes | str) -> None:
-        """Resolve the future of the request that a record tells of, where the record is a terminal one."""
-        try:
-            decoded = decode_record(record)
-        except FleetError:
-            logger.error("a record on the reply stream cannot be read; its request is looked up where it is stored")
-            return
-        if (outcome := outcome_of(decoded)) is not None:
-            self.resolve(decoded["task_id"], outcome)
-
-    def resolve(self, request_id: str, outcome: Outcome) -> None:
-        """Resolve a request's future, where it is waited for."""
-        with self._lock:
-            future = self._drop(request_id)
-        if future is not None:
-            future.set_result(outcome)
-
-    def _resolve_stored(self, request_id: str, record: bytes | str) -> None:
-        """Resolve a request's future with what is stored under its id, an error where that is no record."""
-        try:
-            outcome = outcome_of(decode_record(record))
-        except FleetError as error:
-            outcome = error
-        if outcome is not None:
-            self.resolve(request_id, outcome)
-
-    def _drop(self, request_id: str) -> Reply | None:
-        """No longer wait for it; the lock is held."""
-        reply = self._waiting.pop(request_id, None)
-        self._elsewhere.pop(request_id, None)
-        if reply is not None:
-            self._called_back.discard(reply)
-        return reply
 
     # -- who reads --------------------------------------------------------------------------------------------------
 
@@ -176,8 +130,8 @@ class ReplyReader:
     def _read(self, patience: float) -> None:
         """Resolve what has come, or what comes within ``patience`` seconds."""
         try:
-            self._look_up(self._entries.client, self._due())
-            records = self._entries.read(min(patience, ELSEWHERE_SECONDS) if self._elsewhere else patience)
+            self._broker.run(look_up(self.awaited, self.awaited.due()))
+            records = self._entries.read(min(patience, ELSEWHERE_SECONDS) if self.awaited.elsewhere else patience)
         except (redis.RedisError, OSError) as error:
             if not self._failing:  # once an outage
                 logger.warning("cannot read results, trying again: %s", error)
@@ -188,14 +142,20 @@ class ReplyReader:
         if records:
             self._used = time.monotonic()
         for record in records:
-            self.resolve_record(record)
+            self.awaited.resolve_record(record)
 
     def read_for(self, reply: Reply) -> None:
         """Somebody is to be called back: let the client's own thread read."""
         with self._lock:
-            if not reply.done():
-                self._called_back.add(reply)
-                self._stir.set()
+            if reply.done():
+                return
+            self.awaited.hold(reply)
+            self._stir.set()
+        Future.add_done_callback(reply, self._release)
+
+    def _release(self, reply: Future[Outcome]) -> None:
+        if isinstance(reply, Reply):
+            self.awaited.release(reply)
 
     def _run(self) -> None:
         """Read for those who do not wait."""
@@ -211,23 +171,24 @@ class ReplyReader:
 
     def _is_left_alone(self) -> bool:
         """Whether there are results that nobody comes to wait for."""
-        if self._called_back:
+        if self.awaited.holds:
             return True
-        return bool(self._waiting) and time.monotonic() - self._used > ALONE_SECONDS
+        return len(self.awaited) > 0 and time.monotonic() - self._used > ALONE_SECONDS
 
     def _rest(self) -> None:
         """Until there may be something to do: for a moment, or, where the client is not in use, until it is."""
         with self._lock:
-            if self._called_back and not self._turns.taken:
+            if self.awaited.holds and not self._turns.taken:
                 return
-            self._parked = not self._waiting and time.monotonic() - self._used > IN_USE_SECONDS
+            self._parked = not len(self.awaited) and time.monotonic() - self._used > IN_USE_SECONDS
             self._stir.clear()
         self._stir.wait(None if self._parked else ALONE_SECONDS)
 
     def close(self) -> None:
-        """Stop reading, and give the stream's memory back."""
+        """Stop reading, tell those who wait that the client is closed, and give the stream's memory back."""
         self._closed.set()
         self._stir.set()
+        self.awaited.end()
         if self._thread is None:
             return
         limit = BLOCK_SECONDS + self._fleet.socket_timeout_seconds
@@ -240,31 +201,10 @@ class ReplyReader:
             turn.wait(limit)
         self._thread.join(timeout=limit)
         try:
+            self._broker.close()
             self._entries.close()
         except (redis.RedisError, OSError) as error:
             logger.info("the reply stream stays until it expires: %s", error)
-
-    # -- looking up -------------------------------------------------------------------------------------------------
-
-    def _due(self) -> list[str]:
-        """The requests whose results are to be looked up now."""
-        now = time.monotonic()
-        with self._lock:
-            if now >= self._everything_at:
-                self._everything_at = now + POLL_SECONDS
-                return list(islice(self._waiting, LOOKED_UP))
-            if self._elsewhere and now >= self._elsewhere_at:
-                self._elsewhere_at = now + ELSEWHERE_SECONDS
-                return list(islice(self._elsewhere, LOOKED_UP))
-        return []
-
-    def _look_up(self, client: redis.Redis, request_ids: Sequence[str]) -> None:
-        for start in range(0, len(request_ids), LOOKED_UP):
-            piece = request_ids[start : start + LOOKED_UP]
-            records: Any = client.mget([keys.result_key(request_id) for request_id in piece])
-            for request_id, record in zip(piece, records, strict=True):
-                if record is not None:
-                    self._resolve_stored(request_id, record)
 
 
 def _left(end: float | None) -> float | None:

@@ -19,19 +19,54 @@ TRIM_BYTES = 4 * 1024 * 1024
 
 WAKE_EXPIRES_SECONDS = 10
 
+Words = tuple[str | bytes | float, ...]
+
+
+class Cursor:
+    """How far a stream has been read, and what to ask the broker next. Pure."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._last: bytes = b"0"
+        self._entries = self._bytes = 0
+
+    @property
+    def question(self) -> Words:
+        """Asks for what comes next; answered when it comes, or after ``BLOCK_SECONDS``."""
+        return (
+            "XREAD", "COUNT", READ_COUNT, "BLOCK", int(1000 * BLOCK_SECONDS), "STREAMS", self.name, self._last,
+        )  # fmt: skip
+
+    def records_of(self, answer: Any) -> list[bytes]:
+        """The records that came with an answer."""
+        records = []
+        entries = answer[0][1] if answer else []
+        for entry_id, fields in entries:  # of each a list of names and values
+            if fields[0] == b"m":
+                records.append(fields[1])
+            self._last = entry_id
+            self._bytes += sum(map(len, fields))
+        self._entries += len(entries)
+        return records
+
+    def trim(self) -> Words | None:
+        """Takes what was read off the stream, where that is worth a command."""
+        if self._entries < TRIM_ENTRIES and self._bytes < TRIM_BYTES:
+            return None
+        self._entries = self._bytes = 0
+        return ("XTRIM", self.name, "MINID", self._last)
+
 
 class ReplyStream:
     """Reads a stream to its end, and on. Whoever runs out of patience leaves the question to the next reader."""
 
     def __init__(self, fleet: FleetSettings, name: str) -> None:
-        self._name = name
+        self._cursor = Cursor(name)
         self._most = BLOCK_SECONDS + fleet.socket_timeout_seconds
         self.client = connect(fleet, socket_timeout=self._most)
         self._waker = connect(fleet, socket_timeout=BLOCK_SECONDS)
         self._connection = DirectConnection(self.client)
         self._asked: float | None = None
-        self._last: bytes = b"0"
-        self._entries = self._bytes = 0
 
     def read(self, patience: float) -> list[bytes]:
         """The records that have come; where there are none, those that come within ``patience`` seconds.
@@ -40,7 +75,7 @@ class ReplyStream:
         """
         try:
             asked = self._ask() if self._asked is None else self._asked
-            streams: Any = self._connection.read(max(0.0, patience))
+            answer: Any = self._connection.read(max(0.0, patience))
         except redis.TimeoutError:
             if self._asked is not None and time.monotonic() - asked <= self._most:
                 return []
@@ -50,40 +85,27 @@ class ReplyStream:
             self._drop()
             raise
         self._asked = None
-        return self._records_of(streams[0][1]) if streams else []
+        records = self._cursor.records_of(answer)
+        if (command := self._cursor.trim()) is not None:
+            self.client.execute_command(*command)
+        return records
 
     def _ask(self) -> float:
-        self._connection.send(
-            "XREAD", "COUNT", READ_COUNT, "BLOCK", int(1000 * BLOCK_SECONDS), "STREAMS", self._name, self._last
-        )
+        self._connection.send(*self._cursor.question)
         self._asked = time.monotonic()
         return self._asked
-
-    def _records_of(self, entries: list[Any]) -> list[bytes]:
-        """The records of entries, each a list of names and values."""
-        records = []
-        for entry_id, fields in entries:
-            if fields[0] == b"m":
-                records.append(fields[1])
-            self._last = entry_id
-            self._bytes += sum(map(len, fields))
-        self._entries += len(entries)
-        if self._entries >= TRIM_ENTRIES or self._bytes >= TRIM_BYTES:
-            self._entries = self._bytes = 0
-            self.client.xtrim(self._name, minid=self._last, approximate=False)
-        return records
 
     def wake(self) -> None:
         """An empty entry ends the read of whoever reads now, from another thread."""
         with self._waker.pipeline(transaction=True) as pipe:
-            pipe.xadd(self._name, {b"wake": b""})
-            pipe.expire(self._name, WAKE_EXPIRES_SECONDS)
+            pipe.xadd(self._cursor.name, {b"wake": b""})
+            pipe.expire(self._cursor.name, WAKE_EXPIRES_SECONDS)
             pipe.execute()
 
     def close(self) -> None:
         """Give the stream's memory back, and close the connections. Nobody reads any longer."""
         try:
-            self.client.delete(self._name)
+            self.client.delete(self._cursor.name)
         finally:
             self._drop()
             self.client.close()

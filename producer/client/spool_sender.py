@@ -6,11 +6,12 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from producer.client.records import Outcome
 from producer.client.spool_file import AT_ONCE, Spool, Spooled
 from producer.client.submission import Submission
-from shared.errors import BadRequest, BrokerRefused, BrokerUnavailable, DeadlineExceeded, FleetError
+from shared.errors import BadRequest, BrokerUnavailable, DeadlineExceeded, FleetError
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class SpoolSender:
         self._spool = spool
         self._send = send
         self._answer = answer
+        self._kept = 0
         self._lock = threading.Lock()
         self._behind = len(spool) > 0
         self._wake = threading.Event()
@@ -43,26 +45,24 @@ class SpoolSender:
         if self._behind:
             self._start()
 
-    def submit(self, submissions: Sequence[Submission]) -> None:
-        """Submit, or spool where the broker is away."""
-        with self._lock:
-            if self._behind:
-                self._keep(submissions)
-                return
-        try:
-            self._send(submissions)
-        except BrokerRefused:
-            raise
-        except BrokerUnavailable as error:
-            with self._lock:
-                self._keep(submissions)
-            logger.warning("requests are spooled to %s: %s", self._spool.path, error)
+    @property
+    def path(self) -> Path:
+        """The spool's file."""
+        return self._spool.path
 
-    def _keep(self, submissions: Sequence[Submission]) -> None:
-        self._spool.add(submissions)
-        self._behind = True
-        self._start()
-        self._wake.set()
+    @property
+    def behind(self) -> bool:
+        """Whether requests wait in the spool for the broker: what comes meanwhile goes behind them."""
+        return self._behind
+
+    def keep(self, submissions: Sequence[Submission]) -> None:
+        """Put requests into the spool, and deliver them when the broker is back."""
+        with self._lock:
+            self._spool.add(submissions)
+            self._behind = True
+            self._kept += 1
+            self._start()
+            self._wake.set()
 
     def deliver(self) -> int:
         """Submit all that is there; returns how many went. Raises :class:`BrokerUnavailable` where the broker is away.
@@ -119,7 +119,7 @@ class SpoolSender:
     def _run(self) -> None:
         pause = PAUSE_FIRST
         while self._wake.wait() and not self._closed.is_set():
-            away = False
+            away, kept = False, self._kept
             try:
                 if sent := self.deliver():
                     logger.warning("%d spooled requests were delivered", sent)
@@ -130,7 +130,8 @@ class SpoolSender:
                 away = True
             with self._lock:
                 left = len(self._spool) > 0
-                self._behind = left and away  # what nobody serves holds nobody up
+                if kept == self._kept:
+                    self._behind = left and away  # what nobody serves holds nobody up
                 if not left and not self._closed.is_set():
                     self._wake.clear()
                     continue

@@ -32,6 +32,8 @@ def prepare(request: RequestLike, deadline: float | None, headers_of: HeadersOf 
     Raises :class:`~shared.errors.BadRequest` where the request, or what ``headers_of`` makes of it, is not valid.
     """
     if not isinstance(request, InferenceRequest):
+        if not isinstance(request, Mapping):
+            raise BadRequest(f"a request is an InferenceRequest or a mapping of its fields, not {_named(request)}")
         if deadline is not None and request.get("deadline") is None:
             request = {**request, "deadline": deadline}
         request = InferenceRequest.parse(request)
@@ -47,3 +49,17 @@ def prepare(request: RequestLike, deadline: float | None, headers_of: HeadersOf 
     headers = dict(headers_of(request))
     check_headers(headers)
     return Submission(request, headers)
+
+
+def _named(value: object) -> str:
+    """What a value is, without the value."""
+    return "nothing" if value is None else f"a value of type {type(value).__name__}"
+
+
+def one_request(request: RequestLike | None, fields: Mapping[str, Any]) -> RequestLike:
+    """The request of a call, which gives it either as a value or as its fields."""
+    if request is None:
+        return fields
+    if fields:
+        raise TypeError("give a request or its fields, not both")
+    return request

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import redis
-
+from producer.client.steps import Run, Steps
 from producer.client.submission import Submission
 from shared import keys, wire
 from shared.broker import broker_errors, lua
 from shared.contract import DEFAULT_TENANT, EngineName
-from shared.direct import DirectScript
+from shared.direct import Script
 from shared.errors import IdConflict, QueueFull, QuotaExceeded
 from shared.identity import content_of
 from shared.settings import Settings, TenantSettings
@@ -43,15 +42,15 @@ class _Group:
 class Submitter:
     """Pushes requests. Safe to use from several threads."""
 
-    def __init__(self, client: redis.Redis, settings: Settings, reply: str) -> None:
+    def __init__(self, settings: Settings, reply: str) -> None:
         self._fleet = settings.fleet
         self._capacity = settings.queue_capacity
         self._reply = reply
         signer = Signer(settings.fleet.signing_key)
         self._sign = signer.sign if signer else None
-        self._script = DirectScript(client, lua("shared", "submit"))
+        self._script = Script.of(lua("shared", "submit"))
 
-    def submit(self, submissions: Sequence[tuple[Submission, EngineName]], sent: float) -> list[bool]:
+    def submit(self, submissions: Sequence[tuple[Submission, EngineName]], sent: float) -> Steps[list[bool]]:
         """Push all of them or none; ``False`` for one whose id is under way or has its answer.
 
         Raises :class:`~shared.errors.IdConflict` where an id stands for another request,
@@ -88,7 +87,7 @@ class Submitter:
             args += (group.name, *self._rate(group.tenant), len(group.places))
             args += group.arguments
         with broker_errors(fleet, "submit"):
-            answer: Any = self._script(keys=SCRIPT_KEYS, args=args)
+            answer = yield Run(self._script, SCRIPT_KEYS, args)
         if answer[0] != b"ok":
             raise self._refusal(answer, len(submissions))
         pushed = [False] * len(submissions)

@@ -5,78 +5,191 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from typing import Protocol
 
-from producer.client.handle import Handle
-from producer.client.records import Outcome
+from producer.client.records import POLL_SECONDS, Outcome
+from producer.client.steps import AnyFuture, Pause, Steps, Wait
 from producer.client.submission import RequestLike
-from shared.contract import InferenceResult
-from shared.errors import BrokerUnavailable, FleetError, Overloaded
+from producer.client.submitted import Submitted
+from shared.contract import InferenceRequest, InferenceResult
+from shared.errors import BrokerUnavailable, ClientClosed, FleetError, Overloaded
 
 CHUNK = 64
 """Requests that are submitted at once."""
+
+READING_SECONDS = 0.01
+"""How long a source is read for one chunk: what a slow one has yielded does not wait for the rest."""
 
 Item = RequestLike | Outcome
 """A request, or the outcome of one that needs no submitting."""
 
 
-class SubmitMany(Protocol):
-    """Submits several requests: all of them or, where one is refused, none."""
+class Source(Protocol):
+    """Where the items come from."""
 
-    def __call__(self, requests: Sequence[RequestLike], *, timeout: float | None) -> list[Handle]:
-        """Submit; ``timeout`` is in seconds."""
+    @property
+    def ended(self) -> bool:
+        """Whether all has been taken."""
+
+    def take(self, most: int) -> list[Item]:
+        """The next items, at most so many; none where it has ended, or where none is there yet."""
+
+    @property
+    def arrival(self) -> AnyFuture | None:
+        """What is done when there is more to take, where :meth:`take` does not wait for it."""
+
+
+class Submitting(Protocol):
+    """What a window asks of :class:`~producer.client.requests.Requests`."""
+
+    def checked(self, request: RequestLike) -> InferenceRequest:
+        """The request; raises :class:`~shared.errors.BadRequest` where it is none."""
+
+    def submit(self, requests: Sequence[RequestLike], timeout: float | None) -> Steps[list[Submitted]]:
+        """Submit several: all of them or, where one is refused, none."""
+
+    def ready(self, submitted: Submitted, seconds: float, other: AnyFuture | None = None) -> Steps[Outcome | None]:
+        """The outcome where it comes within so many seconds, and before ``other`` is done."""
+
+    def look(self, submitted: Submitted, through_outages: bool) -> Steps[Outcome | None]:
+        """Look for an outcome that does not come by itself."""
+
+    def outcome(self, submitted: Submitted, timeout: float | None, *, through_outages: bool) -> Steps[Outcome]:
+        """Wait for the outcome; raises :class:`TimeoutError`."""
+
+
+class Reading:
+    """A source that is read as items are wanted."""
+
+    arrival = None
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self._items: Iterator[Item] = iter(items)
+        self.ended = False
+
+    def take(self, most: int) -> list[Item]:
+        """The next items. A slow source is asked for no more than one beyond the time for a chunk."""
+        taken: list[Item] = []
+        until = time.monotonic() + READING_SECONDS
+        for item in self._items:
+            taken.append(item)
+            if len(taken) >= most or time.monotonic() > until:
+                return taken
+        self.ended = True
+        return taken
 
 
 class Window:
     """At most ``size`` requests under way. ``timeout`` is each one's, in seconds.
 
-    With ``patient``, a broker that is away is waited for once a request has been submitted.
+    With ``patient``, a broker that is away is waited for once a request has been submitted. Where it is left in the
+    middle of :meth:`next`, nothing is lost: the next call goes on, and what may have been sent goes under the same id.
     """
 
-    def __init__(self, submit_many: SubmitMany, size: int, timeout: float | None, *, patient: bool) -> None:
-        self._submit_many = submit_many
+    _requests: Submitting
+
+    def __init__(self, source: Source, size: int, timeout: float | None, *, patient: bool) -> None:
+        self._source = source
         self._size = size
         self._timeout = timeout
         self._patient = patient
+        self._read: deque[InferenceRequest | Outcome] = deque()
+        self._under_way: deque[Submitted | Outcome] = deque()
+        self._chunk = min(CHUNK, size)
+        self._at_once = self._chunk
+        self._singly = 0
+        self._not_before = 0.0
 
-    def outcomes(self, items: Iterable[Item]) -> Iterator[Outcome]:
-        """Submit what ``items`` yields, which is read as outcomes are taken, and yield the outcomes in its order."""
-        source = iter(items)
-        under_way: deque[Handle | Outcome] = deque()
-        at_once = min(CHUNK, self._size)
+    def next(self, requests: Submitting) -> Steps[Outcome | None]:
+        """The next outcome, in the order of the items; ``None`` after the last. Submits what there is room for."""
+        self._requests = requests
         while True:
-            if len(under_way) <= self._size - at_once and (chunk := list(islice(source, at_once))):
-                under_way.extend(self._submit_chunk(chunk))
-            elif under_way:
-                first = under_way.popleft()
-                yield first.outcome(through_outages=self._patient) if isinstance(first, Handle) else first
-            else:
+            submitting = bool(self._read) or self._wants_more()
+            if self._under_way and (outcome := (yield from self._first(busy=submitting))) is not None:
+                self._under_way.popleft()
+                return outcome
+            if self._read:
+                yield from self._submit()
+            elif self._wants_more():
+                yield from self._take()
+            elif not self._under_way:
+                return None
+
+    def _wants_more(self) -> bool:
+        return not self._source.ended and len(self._under_way) <= self._size - self._chunk
+
+    def _first(self, *, busy: bool) -> Steps[Outcome | None]:
+        """The outcome of the first: what there is, or, where nothing else can be done meanwhile, what comes."""
+        first = self._under_way[0]
+        if not isinstance(first, Submitted):
+            return first
+        if not busy:
+            return (yield from self._requests.outcome(first, None, through_outages=self._patient))
+        pause = self._not_before - time.monotonic() if self._read else 0.0
+        if pause <= 0:
+            return (yield from self._requests.ready(first, 0.0))
+        try:
+            return (yield from self._requests.outcome(first, pause, through_outages=self._patient))
+        except TimeoutError:
+            return None
+
+    def _take(self) -> Steps[None]:
+        """Read items; where none is there yet, wait for one, or for the outcome that is next."""
+        for item in (taken := self._source.take(self._chunk)):
+            self._read.append(self._checked(item))
+        arrival = self._source.arrival
+        if taken or self._source.ended or arrival is None:
+            return
+        if self._under_way and isinstance(first := self._under_way[0], Submitted):
+            found = yield from self._requests.ready(first, POLL_SECONDS, arrival)
+            if found is None and not arrival.done():
+                found = yield from self._requests.look(first, self._patient)
+            if found is not None:
+                self._under_way[0] = found
+        else:
+            yield Wait(arrival, POLL_SECONDS)
+
+    def _checked(self, item: Item) -> InferenceRequest | Outcome:
+        if isinstance(item, InferenceResult | FleetError):
+            return item
+        try:
+            return self._requests.checked(item)
+        except FleetError as error:
+            return error
+
+    def _submit(self) -> Steps[None]:
+        """Submit some of what was read; where the fleet is full, not before it says that there will be room."""
+        if (pause := self._not_before - time.monotonic()) > 0:
+            yield Pause(pause)  # nothing is under way
+        piece: list[InferenceRequest | Outcome] = []
+        requests: list[InferenceRequest] = []
+        most = 1 if self._singly else self._at_once
+        for item in self._read:
+            if isinstance(item, InferenceRequest):
+                if len(requests) == most:
+                    break
+                requests.append(item)
+            piece.append(item)
+        found: Sequence[Submitted | FleetError] = ()
+        try:
+            if requests:
+                found = yield from self._requests.submit(requests, self._timeout)
+        except ClientClosed:
+            raise
+        except BrokerUnavailable as error:
+            found = [error] * len(requests)
+        except Overloaded as error:  # there will be room: a smaller piece finds it sooner
+            self._not_before = time.monotonic() + error.retry_after
+            self._at_once = (len(requests) + 1) // 2
+            return
+        except FleetError as error:
+            if len(requests) > 1:  # one of them is bad: by themselves they say which
+                self._singly = len(requests)
                 return
-
-    def _submit_chunk(self, chunk: list[Item]) -> list[Handle | Outcome]:
-        requests = [item for item in chunk if not isinstance(item, InferenceResult | FleetError)]
-        handles = iter(self._submit_each(requests))
-        return [item if isinstance(item, InferenceResult | FleetError) else next(handles) for item in chunk]
-
-    def _submit_each(self, requests: list[RequestLike]) -> list[Handle | FleetError]:
-        """A handle for each request, or the error for which it was refused; waits where the fleet is full."""
-        handles: list[Handle | FleetError] = []
-        pieces = deque([requests] if requests else [])
-        while pieces:
-            piece = pieces.popleft()
-            try:
-                handles += self._submit_many(piece, timeout=self._timeout)
-            except BrokerUnavailable as error:
-                handles += [error] * len(piece)
-            except Overloaded as error:
-                # There will be room: results are on their way meanwhile. A smaller piece finds it sooner.
-                time.sleep(error.retry_after)
-                half = (len(piece) + 1) // 2
-                pieces.extendleft(part for part in (piece[half:], piece[:half]) if part)
-            except FleetError as error:
-                if len(piece) == 1:
-                    handles.append(error)
-                else:  # one of them is bad: by themselves they say which
-                    pieces.extendleft([request] for request in reversed(piece))
-        return handles
+            found = [error]
+        self._singly = max(0, self._singly - len(requests))
+        self._at_once = min(self._chunk, self._at_once + max(1, self._at_once // 4))
+        outcomes = iter(found)
+        for item in piece:
+            self._read.popleft()
+            self._under_way.append(next(outcomes) if isinstance(item, InferenceRequest) else item)

@@ -15,7 +15,7 @@ from producer.client.records import Outcome
 from producer.client.replies import ReplyReader
 from shared import wire
 from shared.embedded import EmbeddedBroker
-from shared.errors import EngineError, FleetError
+from shared.errors import ClientClosed, EngineError
 from shared.settings import FleetSettings
 from tests.support.waiting import eventually
 
@@ -114,7 +114,7 @@ def test_who_asks_to_be_called_back_is(replies: ReplyReader, answer: Callable[[s
 
 
 def test_closing_does_not_wait_for_who_reads(broker: EmbeddedBroker) -> None:
-    """Neither a thread that waits for a result nor our own holds it up, and the one that waits waits on."""
+    """Neither a thread that waits for a result nor our own holds it up; who waits is told, and who comes later too."""
     reader = ReplyReader(FleetSettings(redis_url=broker.url), "closed")
     waits, called = reader.expect(["waits", "called"])
     called.add_done_callback(lambda _: None)
@@ -124,9 +124,13 @@ def test_closing_does_not_wait_for_who_reads(broker: EmbeddedBroker) -> None:
 
         reader.close()
 
-        assert not waiting.done()
-        reader.resolve("waits", FleetError("late"))
-        assert str(waiting.result(10)) == "late"
+        with pytest.raises(ClientClosed):
+            waiting.result(10)
+        with pytest.raises(ClientClosed):
+            called.result(0)
+    (later,) = reader.expect(["later"])
+    with pytest.raises(ClientClosed):
+        later.result(10)
 
 
 def test_a_connection_that_was_closed_meanwhile_is_made_anew(

@@ -10,6 +10,7 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from producer.client.blocking import Blocking
 from producer.client.submission import Submission
 from producer.client.submitter import Submitter
 from shared import keys
@@ -33,7 +34,8 @@ class Queue:
         client.flushall()
         self.client = client
         options = Settings(fleet=FleetSettings(**fleet))
-        self.submitter = Submitter(client, options, "muai:reply:test")
+        self.submitter = Submitter(options, "muai:reply:test")
+        self.blocking = Blocking(client)
         self.delivery = RedisDelivery(client, options.fleet)
         self.where: dict[str, tuple[str, Priority]] = {}
 
@@ -43,7 +45,7 @@ class Queue:
             for _ in range(count)
         ]
         self.where.update({request.id: (tenant, priority) for request in requests})
-        return self.submitter.submit([(Submission(request), QUEUE) for request in requests], 0.0)
+        return self.blocking.run(self.submitter.submit([(Submission(request), QUEUE) for request in requests], 0.0))
 
     def claim(self, limit: int) -> list[tuple[str, str, Priority]]:
         """Leases, with the tenant and priority of their requests."""

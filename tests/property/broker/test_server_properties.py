@@ -11,6 +11,7 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from producer.client.blocking import Blocking
 from producer.client.submission import Submission
 from producer.client.submitter import Submitter
 from shared.contract import EngineName, InferenceRequest, Priority
@@ -35,14 +36,17 @@ class Queues:
         client.flushall()
         options = Settings(fleet=FleetSettings(**fleet))
         self._client = client
-        self._submitter = Submitter(client, options, "muai:reply:test")
+        self._submitter = Submitter(options, "muai:reply:test")
+        self._blocking = Blocking(client)
         self._delivery = RedisDelivery(client, options.fleet)
 
     def submit(self, tenant: str, priority: Priority, engine: EngineName, count: int) -> list[str]:
         """The ids of new requests that were all taken."""
         fields = {"model": "m", "inputs": {"prompt": "x"}, "tenant": tenant, "priority": priority}
         requests = [InferenceRequest.parse(fields) for _ in range(count)]
-        assert all(self._submitter.submit([(Submission(request), engine) for request in requests], 1.0))
+        assert all(
+            self._blocking.run(self._submitter.submit([(Submission(request), engine) for request in requests], 1.0))
+        )
         return [request.id for request in requests]
 
     def claim(self, engine: EngineName, most: int) -> list[str]:

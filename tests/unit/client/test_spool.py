@@ -9,13 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from producer.client.outage import Waiting
+from producer.client.outage import spooling, waiting
 from producer.client.spool_file import Spool
 from producer.client.spool_sender import SpoolSender
+from producer.client.steps import Pause, Steps, Work
 from producer.client.submission import Submission
 from shared.contract import InferenceRequest
 from shared.errors import (
@@ -27,6 +29,7 @@ from shared.errors import (
     NoEngineAvailable,
     SpoolFull,
     UnknownModel,
+    UnsupportedKind,
 )
 from tests.support.fleet import ROOT
 from tests.support.waiting import eventually
@@ -48,6 +51,41 @@ def make_spool(tmp_path: Path) -> Iterator[Callable[..., Spool]]:
     yield make
     for spool in made:
         spool.close()
+
+
+def carry_out(steps: Steps) -> None:
+    """Carries out steps."""
+    with suppress(StopIteration):
+        step = next(steps)
+        while True:
+            if isinstance(step, Pause):
+                time.sleep(step.seconds)
+            step = steps.send(step.function() if isinstance(step, Work) else None)
+
+
+def stepwise(broker: Broker) -> Callable[[Sequence[Submission]], Steps[None]]:
+    """Sends to the broker as steps do."""
+
+    def send(submissions: Sequence[Submission]) -> Steps[None]:
+        yield Pause(0)
+        broker.send(submissions)
+
+    return send
+
+
+def submit(broker: Broker, sender: SpoolSender, *names: str) -> None:
+    """Submits as a client does that spools."""
+    carry_out(spooling(stepwise(broker), sender, [request(name) for name in names]))
+
+
+def wait(broker: Broker, one: Submission, *, silent_after: float = 1.0, restarted: bool = False) -> None:
+    """Submits as a client does that waits."""
+
+    def young() -> Steps[bool]:
+        yield Pause(0)
+        return restarted
+
+    carry_out(waiting(stepwise(broker), young, silent_after, [one]))
 
 
 class Broker:
@@ -126,14 +164,14 @@ def test_the_sender_spools_in_an_outage_and_delivers_in_order(make_spool) -> Non
     broker = Broker(BrokerUnavailable(), BrokerUnavailable(), BrokerUnavailable())
     sender = SpoolSender(make_spool(), broker.send)
 
-    sender.submit([request("a")])
+    submit(broker, sender, "a")
     tries = broker.tries
-    sender.submit([request("b"), request("c")])
+    submit(broker, sender, "b", "c")
 
     assert tries <= broker.tries <= 3
     eventually(lambda: broker.taken == ["a", "b", "c"])
     eventually(lambda: len(make_spool()) == 0)
-    sender.submit([request("d")])
+    submit(broker, sender, "d")
     assert broker.taken[-1] == "d"
     sender.close()
 
@@ -158,11 +196,11 @@ def test_what_nobody_serves_holds_nobody_up(make_spool) -> None:
     sender.start()
     eventually(lambda: broker.tries >= 2)
 
-    eventually(lambda: sender.submit([request("a")]) or "a" in broker.taken)
-    sender.submit([request("b")])
+    eventually(lambda: submit(broker, sender, "a") or "a" in broker.taken)
+    submit(broker, sender, "b")
 
-    assert broker.taken[-1] == "b"
-    assert [entry.id for entry in make_spool()] == ["nobody"]
+    eventually(lambda: "b" in broker.taken)
+    eventually(lambda: [entry.id for entry in make_spool()] == ["nobody"])
     sender.close()
 
 
@@ -196,12 +234,13 @@ def test_bad_ones_leave_and_unserved_ones_stay(make_spool) -> None:
 
 def test_a_refusal_is_not_an_outage(make_spool) -> None:
     """A wrong password does not pass by itself: it is raised, not spooled and not waited for."""
-    sender = SpoolSender(make_spool(), Broker(BrokerRefused("no")).send)
+    broker = Broker(BrokerRefused("no"))
+    sender = SpoolSender(make_spool(), broker.send)
 
     with pytest.raises(BrokerRefused):
-        sender.submit([request("a")])
+        submit(broker, sender, "a")
     with pytest.raises(BrokerRefused):
-        Waiting(Broker(BrokerRefused("no")).send, 1.0).submit([request("a")])
+        wait(Broker(BrokerRefused("no")), request("a"))
 
     assert len(make_spool()) == 0
     sender.close()
@@ -211,16 +250,28 @@ def test_waiting_outlasts_an_outage_and_the_workers_return() -> None:
     """The same requests are sent until they are taken; workers not announced yet are waited for too."""
     broker = Broker(BrokerUnavailable(), BrokerUnavailable(), NoEngineAvailable())
 
-    Waiting(broker.send, 5.0).submit([request("a")])
+    wait(broker, request("a"), silent_after=5.0)
 
     assert (broker.taken, broker.tries) == (["a"], 4)
+
+
+@pytest.mark.parametrize("error", [NoEngineAvailable(), UnknownModel(), UnsupportedKind()])
+def test_waiting_sees_that_the_broker_was_restarted(error: FleetError) -> None:
+    """Its workers are waited for, though this client saw no outage; not for longer than they take to announce."""
+    broker = Broker(error, error)
+
+    wait(broker, request("a"), silent_after=5.0, restarted=True)
+
+    assert (broker.taken, broker.tries) == (["a"], 3)
+    with pytest.raises(type(error)):
+        wait(Broker(*[error] * 100), request("a"), silent_after=0.3, restarted=True)
 
 
 def test_waiting_ends_with_the_deadline() -> None:
     """A request with a deadline is not waited for longer; without an outage nobody to serve it is said at once."""
     with pytest.raises(BrokerUnavailable):
-        Waiting(Broker(*[BrokerUnavailable()] * 100).send, 1.0).submit([request("a", deadline=time.time() + 0.3)])
+        wait(Broker(*[BrokerUnavailable()] * 100), request("a", deadline=time.time() + 0.3))
     with pytest.raises(NoEngineAvailable):
-        Waiting(Broker(NoEngineAvailable()).send, 1.0).submit([request("a")])
+        wait(Broker(NoEngineAvailable()), request("a"))
     with pytest.raises(BadRequest):
-        Waiting(Broker(BadRequest()).send, 1.0).submit([request("a")])
+        wait(Broker(BadRequest()), request("a"))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 
 import pytest
 
-from producer.client.handle import Handle
-from producer.client.window import CHUNK, Window
-from shared.contract import EngineName, InferenceResult
+from producer.client.records import Outcome
+from producer.client.steps import AnyFuture, Pause, Steps, Wait
+from producer.client.submitted import Submitted
+from producer.client.window import CHUNK, Reading, Window
+from shared.contract import EngineName, InferenceRequest, InferenceResult
 from shared.errors import BadRequest, BrokerUnavailable, FleetError, QueueFull
 
 
@@ -23,23 +26,59 @@ class Fleet:
 
     def __init__(self, most: int = 1000, error: FleetError | None = None) -> None:
         self.calls: list[int] = []
+        self.answered = True
+        self.futures: list[Future] = []
         self._most = most
         self._error = error
 
-    def submit_many(self, requests: Sequence[dict], *, timeout: float | None) -> list[Handle]:
+    def checked(self, request: dict[str, str]) -> InferenceRequest:
+        return InferenceRequest.parse({"model": "echo", "inputs": {"prompt": "x"}, **request})
+
+    def ready(self, submitted: Submitted, seconds: float, other: AnyFuture | None = None) -> Steps[Outcome | None]:
+        return submitted.future.result() if (yield Wait(submitted.future, seconds, other)) else None
+
+    def look(self, submitted: Submitted, through_outages: bool) -> Steps[Outcome | None]:
+        yield Pause(0)
+        return None
+
+    def outcome(self, submitted: Submitted, timeout: float | None, *, through_outages: bool) -> Steps[Outcome]:
+        outcome = yield from self.ready(submitted, 60)
+        assert outcome is not None
+        return outcome
+
+    def submit(self, requests: Sequence[InferenceRequest], timeout: float | None) -> Steps[list[Submitted]]:
+        yield Pause(0)
         self.calls.append(len(requests))
         if self._error is not None:
             raise self._error
         if len(requests) > self._most:
             raise QueueFull("full", retry_after=0.0)
-        if any(request["id"] == "bad" for request in requests):
+        if any(request.id == "bad" for request in requests):
             raise BadRequest("bad")
-        handles = []
+        submitted = []
         for request in requests:
-            future: Future = Future()
-            future.set_result(result(request["id"]))
-            handles.append(Handle(request["id"], future, None))
-        return handles
+            self.futures.append(future := Future())
+            if self.answered:
+                future.set_result(result(request.id))
+            submitted.append(Submitted(request.id, future))
+        return submitted
+
+
+def drive(steps: Steps):
+    """Carries steps out; futures that are waited for are done."""
+    try:
+        step = next(steps)
+        while True:
+            step = steps.send(step.future.done() if isinstance(step, Wait) else None)
+    except StopIteration as end:
+        return end.value
+
+
+def through(fleet: Fleet, items: Iterable, size: int = 512) -> Iterator[Outcome]:
+    """The outcomes of the items."""
+    window = Window(Reading(items), size, None, patient=True)
+    while (outcome := drive(window.next(fleet))) is not None:
+        yield outcome
 
 
 def shown(outcome: InferenceResult | FleetError) -> str:
@@ -54,7 +93,7 @@ def names(count: int) -> list[dict[str, str]]:
 
 def outcomes(fleet: Fleet, items, size: int = 512) -> list[str]:
     """What comes of the items."""
-    return [shown(outcome) for outcome in Window(fleet.submit_many, size, None, patient=True).outcomes(items)]
+    return [shown(outcome) for outcome in through(fleet, items, size)]
 
 
 def test_outcomes_come_in_the_order_of_the_items() -> None:
@@ -78,7 +117,7 @@ def test_no_more_than_the_window_are_read_ahead(size: int) -> None:
             read += 1
             yield {"id": str(read)}
 
-    window = Window(Fleet().submit_many, size, None, patient=True).outcomes(source())
+    window = through(Fleet(), source(), size)
     found = [shown(next(window)) for _ in range(300)]
 
     assert found == [str(number) for number in range(1, 301)]
@@ -106,3 +145,55 @@ def test_a_broker_that_is_away_is_each_ones_error() -> None:
 
     assert outcomes(fleet, names(3)) == ["away"] * 3
     assert fleet.calls == [3]
+
+
+def test_the_first_outcome_does_not_wait_for_a_full_window() -> None:
+    """What is there is yielded before more is read."""
+    read = []
+
+    def source():
+        for number in range(512):
+            read.append(number)
+            yield {"id": str(number)}
+
+    assert shown(next(through(Fleet(), source()))) == "0"
+    assert len(read) == CHUNK
+
+
+def test_a_slow_source_is_not_waited_for() -> None:
+    """What it has yielded is submitted, and its outcome is there when the next item is."""
+    read = []
+
+    def source():
+        for number in range(10):
+            read.append(number)
+            yield {"id": str(number)}
+            time.sleep(0.02)
+
+    assert shown(next(through(Fleet(), source()))) == "0"
+    assert len(read) <= 2
+
+
+def test_an_item_that_is_no_request_is_one_bad_member() -> None:
+    """Whatever it is, it is told in its place, and takes no round trips of the others."""
+    fleet = Fleet()
+
+    found = outcomes(fleet, [{"id": "a"}, {"id": "b\n"}, {"id": "c"}])
+
+    assert [found[0], found[2]] == ["a", "c"]
+    assert found[1].startswith("id: ")
+    assert fleet.calls == [2]
+
+
+def test_what_is_left_in_the_middle_goes_on() -> None:
+    """A call that is given up while it submits loses nothing: the next one submits the same requests."""
+    fleet = Fleet()
+    window = Window(Reading(names(3)), 512, None, patient=True)
+    left = window.next(fleet)
+    next(left)  # it is about to submit
+    left.close()
+
+    found = [shown(drive(window.next(fleet))) for _ in range(3)]
+
+    assert found == ["0", "1", "2"]
+    assert drive(window.next(fleet)) is None

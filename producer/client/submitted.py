@@ -1,0 +1,34 @@
+"""A submitted request, as either client keeps it for its handle."""
+
+from __future__ import annotations
+
+import time
+
+from producer.client.steps import AnyFuture
+
+DEADLINE_GRACE_SECONDS = 5.0
+"""How long after a request's deadline a worker may take to say that it has passed."""
+
+
+class Submitted:
+    """A request that was submitted, and the future that is resolved with its outcome."""
+
+    __slots__ = ("_grace", "deadline", "future", "id")
+
+    def __init__(self, request_id: str, future: AnyFuture, deadline: float | None = None) -> None:
+        self.id = request_id
+        self.future = future
+        self.deadline = deadline
+        self._grace = 0.0
+
+    def late(self) -> bool:
+        """Whether the request's deadline has passed."""
+        return self.deadline is not None and time.time() >= self.deadline
+
+    def wait_longer(self) -> None:
+        """Its deadline has passed, but a worker may be about to say so."""
+        self._grace = DEADLINE_GRACE_SECONDS
+
+    def abandoned_in(self) -> float:
+        """Seconds until an answer is not to be expected any more."""
+        return float("inf") if self.deadline is None else self.deadline + self._grace - time.time()
