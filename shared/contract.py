@@ -13,11 +13,21 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    model_validator,
+)
 
 from shared.errors import BadRequest
 from shared.features import Feature as Feature
 from shared.features import drop_unasked, features_of
+from shared.json_values import LONE_SURROGATE, flaw, is_unicode
 
 CONTRACT_VERSION = 1
 TASK_NAME = "muai.infer"
@@ -105,16 +115,30 @@ def nested_deeper(value: dict[str, Any] | list[Any], levels: int) -> bool:
     return True
 
 
-def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
-    if nested_deeper(schema, SCHEMA_DEPTH):  # the engines' compilers recurse
-        raise ValueError(f"is nested more than {SCHEMA_DEPTH} deep")
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
+    if found := flaw(schema, SCHEMA_DEPTH):  # the engines' compilers recurse
+        raise ValueError(found)
     return schema
+
+
+def _listed(value: object) -> object:
+    if isinstance(value, set | frozenset):
+        raise ValueError("is a set, which has no order; give a list")
+    return value
+
+
+def _as_tuple(value: object) -> object:
+    return (value,) if isinstance(value, str) else _listed(value)
+
+
+Text = Annotated[str, Strict()]
+"""Text, and not bytes that may be some."""
 
 
 _PRINTABLE = AfterValidator(_printable)
 """For text that may stand in a key or a line of a log."""
 
-Tenant = Annotated[str, AfterValidator(_tenant)]
+Tenant = Annotated[Text, AfterValidator(_tenant)]
 """Who a request belongs to: part of key names."""
 
 
@@ -122,7 +146,7 @@ class ChatMessage(Value):
     """One turn of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: str
+    content: Text
 
 
 class SamplingParams(Value):
@@ -135,25 +159,34 @@ class SamplingParams(Value):
     max_tokens: Annotated[int, Field(ge=1, le=131072)] = 64
     temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
-    stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(default=(), max_length=16)
+    top_k: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    stop: Annotated[tuple[Annotated[Text, Field(min_length=1, max_length=256)], ...], BeforeValidator(_listed)] = Field(
+        default=(), max_length=16
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     ignore_eos: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    json_schema: Annotated[dict[str, Any], AfterValidator(_shallow)] | None = None
-
-
-def _as_tuple(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
+    json_schema: Annotated[dict[str, Any], AfterValidator(_json)] | None = None
 
 
 class Inputs(Value):
     """What a request works on. Which field is needed depends on the request's kind."""
 
-    prompt: str | None = None
-    messages: tuple[ChatMessage, ...] | None = None
-    texts: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] | None = None
-    query: str | None = None
+    prompt: Text | None = None
+    messages: Annotated[tuple[ChatMessage, ...], BeforeValidator(_listed)] | None = None
+    texts: Annotated[tuple[Text, ...], BeforeValidator(_as_tuple)] | None = None
+    query: Text | None = None
+
+    @model_validator(mode="after")
+    def _texts_are_unicode(self) -> Self:
+        for name, text in (("prompt", self.prompt), ("query", self.query)):
+            if text is not None and not is_unicode(text):
+                raise ValueError(f"{name} {LONE_SURROGATE}")
+        if self.texts is not None and not all(map(is_unicode, self.texts)):
+            raise ValueError(f"one of texts {LONE_SURROGATE}")
+        if self.messages is not None and not all(is_unicode(message.content) for message in self.messages):
+            raise ValueError(f"one of messages {LONE_SURROGATE}")
+        return self
 
     def characters(self) -> int:
         """How many characters the inputs hold: what a size can be estimated from without a tokenizer."""
@@ -183,15 +216,15 @@ class InferenceRequest(Value):
     request is no longer worth answering. ``engine_preference`` overrides the fleet's order for this request.
     """
 
-    id: Annotated[str, Field(min_length=1, max_length=128), _PRINTABLE] = Field(
+    id: Annotated[Text, Field(min_length=1, max_length=128), _PRINTABLE] = Field(
         default_factory=lambda: str(uuid.uuid4())
     )
-    model: Annotated[str, Field(min_length=1, max_length=256), _PRINTABLE]
+    model: Annotated[Text, Field(min_length=1, max_length=256), _PRINTABLE]
     kind: Kind = Kind.GENERATE
     inputs: Inputs
     params: SamplingParams = SamplingParams()
     engine_preference: Annotated[tuple[EngineName, ...], BeforeValidator(_as_tuple)] | None = None
-    conversation_id: Annotated[str, Field(max_length=256), _PRINTABLE] | None = None
+    conversation_id: Annotated[Text, Field(max_length=256), _PRINTABLE] | None = None
     priority: Priority = Priority.NORMAL
     deadline: Annotated[float, Field(ge=0.0, le=LATEST)] | None = None
     tenant: Tenant = DEFAULT_TENANT

@@ -18,7 +18,10 @@ class FleetError(Exception):
     outage = False
 
     def __init__(self, message: str | None = None) -> None:
-        super().__init__(message or (type(self).__doc__ or type(self).__name__).strip().splitlines()[0])
+        text = message or (type(self).__doc__ or type(self).__name__).strip().splitlines()[0]
+        if not text.isascii():  # it may quote what was sent; what is no Unicode text could not be written or logged
+            text = text.encode("utf-8", "backslashreplace").decode()
+        super().__init__(text)
 
     @property
     def message(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Final
 import orjson
 
 from shared.contract import DEFAULT_TENANT, InferenceRequest
+from shared.errors import BadRequest
 
 LONGEST_ID: Final = 128
 """Characters of an id, with its tenant in front."""
@@ -30,10 +31,14 @@ def content_of(request: InferenceRequest) -> str:
     """The digest of what is asked: tenant, model, kind, inputs and parameters; 16 hexadecimal digits.
 
     What was left to its default counts as if it had been given. A field that is ``None`` does not count, so that those
-    which come later leave the digests of before as they are.
+    which come later leave the digests of before as they are. Raises :class:`BadRequest` for what was made past its
+    validation, and cannot be written.
     """
     asked = (request.tenant, request.model, request.kind, _fields(request.inputs), _fields(request.params))
-    encoded = orjson.dumps(asked, default=_fields, option=orjson.OPT_SORT_KEYS)
+    try:
+        encoded = orjson.dumps(asked, default=_fields, option=orjson.OPT_SORT_KEYS)
+    except orjson.JSONEncodeError:
+        raise BadRequest("the request cannot be written as JSON") from None
     return hashlib.blake2b(encoded, digest_size=8).hexdigest()
 
 

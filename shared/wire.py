@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import binascii
 import bz2
+import json
 import lzma
+import math
 import os
 import socket
 import zlib
@@ -23,8 +25,9 @@ import orjson
 
 from shared import keys
 from shared.contract import CONTRACT_VERSION, TASK_NAME, InferenceRequest, nested_deeper
-from shared.errors import PayloadTooLarge, UndecodableMessage
+from shared.errors import BadRequest, PayloadTooLarge, UndecodableMessage
 from shared.headers import check_headers
+from shared.json_values import is_unicode
 
 HEADER = "muai"
 
@@ -68,7 +71,8 @@ def encode_request(
 
     Neither ``argsrepr`` nor ``kwargsrepr`` shows the inputs: those headers end up in events and logs. ``headers`` are
     further ones, which travel with the message. ``sign`` puts a signature into our own header. Raises
-    :class:`PayloadTooLarge` above ``max_bytes``, and :class:`BadRequest` for headers that a message cannot have.
+    :class:`PayloadTooLarge` above ``max_bytes``, and :class:`BadRequest` for a request or headers that a message cannot
+    hold.
     """
     if headers:
         check_headers(headers)
@@ -77,9 +81,12 @@ def encode_request(
         header["content"] = content
     if reply is not None:
         header["reply"] = reply
-    fields = request.given()
-    fields["id"] = request.id  # which its maker may have left to us
-    encoded = orjson.dumps([(), {"request": fields}, _EMBED])
+    try:
+        fields = request.given()
+        fields["id"] = request.id  # which its maker may have left to us
+        encoded = orjson.dumps([(), {"request": fields}, _EMBED])
+    except (TypeError, ValueError) as error:  # one that was made past its validation
+        raise BadRequest(f"the request cannot be written as JSON ({type(error).__name__})") from None
     check_size(len(encoded), max_bytes)
     task_id, body = request.id, encoded.decode()
     all_headers = {
@@ -148,14 +155,48 @@ def loads_object(payload: bytes | str) -> dict[str, Any]:
     try:
         value = orjson.loads(payload)
     except orjson.JSONDecodeError as error:
-        raise UndecodableMessage(f"the message is not JSON: {error}") from None
+        try:
+            value = _cleaned(loads(payload))
+        except (ValueError, RecursionError):
+            raise UndecodableMessage(f"the message is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise UndecodableMessage("the message is not a JSON object")
     return value
 
 
+def loads(text: bytes | str) -> Any:
+    """The value of a JSON text, also of one that Python's own writer has made of what JSON cannot say.
+
+    Lone surrogates and numbers that are not finite come out as they went in: whoever reads on finds them wrong, and can
+    say where. Raises :class:`orjson.JSONDecodeError` for what is no JSON at all.
+    """
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            raise error from None
+
+
+def _cleaned(value: Any) -> Any:
+    """The same with what cannot be written again as JSON writes it: half a character as its escape.
+
+    So a body that stands in its envelope as text means what it meant. What is no finite number is nothing.
+    """
+    if isinstance(value, str):
+        return value if is_unicode(value) else value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_cleaned(key): _cleaned(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_cleaned(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def decode_envelope(payload: bytes, max_bytes: int | None = None) -> dict[str, Any]:
     """The envelope of a message, its body as text; raise :class:`UndecodableMessage` where it is not one.
+
+    Raises :class:`BadRequest` where it has an id or a task that can stand neither in a log nor in our own keys.
 
     Nothing is decompressed and nothing but JSON is read. What a sender says of its arguments for logs and events (up
     to 1,024 characters of them) is taken out. With ``max_bytes``, the most that a body may be, a message that must be
@@ -175,7 +216,7 @@ def decode_envelope(payload: bytes, max_bytes: int | None = None) -> dict[str, A
         raise UndecodableMessage("the message is compressed; compressed messages are not accepted")
     for name in ("id", "task"):
         if headers.get(name) and not usable_id(headers[name]):
-            raise UndecodableMessage(f"the message's {name} is not a text of at most {LONGEST_ID} printable characters")
+            raise BadRequest(f"the message's {name} is not a text of at most {LONGEST_ID} printable characters")
     # Nothing is nested deeper than there are brackets; to count those of a long message would take longer.
     flat = len(payload) <= SHORT_BYTES and payload.count(b"{") + payload.count(b"[") <= MAX_HEADER_DEPTH
     if not flat and nested_deeper([headers, properties], MAX_HEADER_DEPTH):
@@ -193,6 +234,11 @@ def decode_envelope(payload: bytes, max_bytes: int | None = None) -> dict[str, A
 def usable_id(value: object) -> str:
     """An id that may be part of a key and stand in a log; empty where ``value`` is none."""
     return value if isinstance(value, str) and len(value) <= LONGEST_ID and value.isprintable() else ""
+
+
+def address_of(value: object) -> str:
+    """The id under which a sender looks for its answer, whatever it looks like; empty where ``value`` is none."""
+    return value if isinstance(value, str) and len(value) <= MAX_HEADER_BYTES and is_unicode(value) else ""
 
 
 def _body(body: object, encoding: object) -> str:

@@ -12,7 +12,7 @@ import redis
 
 from shared import keys, wire
 from shared.broker import broker_errors, lua
-from shared.errors import BadRequest, UndecodableMessage
+from shared.errors import BadRequest
 from shared.settings import FleetSettings
 
 AT_ONCE = 200
@@ -34,7 +34,7 @@ class DeadLetter:
         """The message, where it can be decoded."""
         try:
             return wire.decode_envelope(self.payload)
-        except UndecodableMessage:
+        except BadRequest:
             return None
 
     def summary(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def _letter(entry: str, fields: dict[bytes, bytes]) -> DeadLetter:
     try:
         headers = wire.loads_object(payload).get("headers")
         request_id = str(headers.get("id") or "") if isinstance(headers, dict) else ""
-    except UndecodableMessage:
+    except BadRequest:
         pass
     return DeadLetter(
         entry, request_id, int(entry.partition("-")[0]) / 1000, keys.queue_of_list(list_name), list_name,

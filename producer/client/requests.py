@@ -15,7 +15,7 @@ from producer.client.records import POLL_SECONDS, Outcome
 from producer.client.results import StoredResults
 from producer.client.spool_sender import SpoolSender
 from producer.client.steps import AnyFuture, Steps, Wait
-from producer.client.submission import HeadersOf, RequestLike, Submission, prepare
+from producer.client.submission import HeadersOf, RequestLike, Submission, checked_id, checked_timeout, prepare
 from producer.client.submitted import Submitted
 from producer.client.submitter import Submitter
 from shared.broker import broker_errors
@@ -57,7 +57,7 @@ class Requests:
 
     def submit(self, requests: Sequence[RequestLike], timeout: float | None) -> Steps[list[Submitted]]:
         """Submit several at once: all of them or, where one is refused, none."""
-        deadline = None if timeout is None else time.time() + timeout
+        deadline = None if timeout is None else time.time() + checked_timeout(timeout)
         submissions = [prepare(request, deadline, self._headers) for request in requests]
         prepared = [submission.request for submission in submissions]
         ids = [request.id for request in prepared]
@@ -94,7 +94,7 @@ class Requests:
 
     def find(self, request_id: str) -> Steps[Submitted]:
         """A request that was submitted before, by this client or another."""
-        (future,) = self._replies.expect([request_id])
+        (future,) = self._replies.expect([checked_id(request_id)])
         yield from self._watch([request_id])
         return Submitted(request_id, future)
 

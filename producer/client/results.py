@@ -7,6 +7,7 @@ from typing import Any
 from producer.client.awaited import Awaited
 from producer.client.records import Outcome, RequestStatus, decode_record, outcome_of, status_of
 from producer.client.steps import Command, Run, Steps
+from producer.client.submission import checked_id
 from shared import keys, wire
 from shared.broker import broker_errors, lua
 from shared.direct import Script
@@ -25,13 +26,13 @@ class StoredResults:
     def status(self, request_id: str) -> Steps[RequestStatus]:
         """Where a request is."""
         with broker_errors(self._fleet, "ask for a status"):
-            record = yield Command(("GET", keys.result_key(request_id)))
+            record = yield Command(("GET", keys.result_key(checked_id(request_id))))
         return RequestStatus.PENDING if record is None else status_of(decode_record(record))
 
     def outcome(self, request_id: str) -> Steps[Outcome | None]:
         """What came of a request; ``None`` where it has not ended, or its record has expired."""
         with broker_errors(self._fleet, "look up a result"):
-            record = yield Command(("GET", keys.result_key(request_id)))
+            record = yield Command(("GET", keys.result_key(checked_id(request_id))))
         if record is None:
             return None
         outcome = outcome_of(decode_record(record))
@@ -45,7 +46,7 @@ class StoredResults:
         with broker_errors(self._fleet, "cancel"):
             cancelled = yield Run(
                 self._cancel,
-                [keys.result_key(request_id), keys.CANCELLED],
+                [keys.result_key(checked_id(request_id)), keys.CANCELLED],
                 [record, self._fleet.result_expires_seconds],
             )
         if cancelled:

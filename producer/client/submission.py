@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from shared.contract import InferenceRequest
+from shared.contract import LATEST, InferenceRequest
 from shared.errors import BadRequest
 from shared.headers import check_headers
 from shared.identity import LONGEST_ID, id_in_fleet
+from shared.wire import address_of
 
 RequestLike = InferenceRequest | Mapping[str, Any]
 """A request as its caller gives it: a value, or a mapping of its fields."""
@@ -54,6 +55,20 @@ def prepare(request: RequestLike, deadline: float | None, headers_of: HeadersOf 
 def _named(value: object) -> str:
     """What a value is, without the value."""
     return "nothing" if value is None else f"a value of type {type(value).__name__}"
+
+
+def checked_timeout(timeout: object) -> float:
+    """A time limit in seconds; raises :class:`~shared.errors.BadRequest` for what is none."""
+    if not isinstance(timeout, int | float) or not abs(timeout) < LATEST:
+        raise BadRequest("timeout is not a number of seconds")
+    return float(timeout)
+
+
+def checked_id(request_id: object) -> str:
+    """The id of a request that was submitted; raises :class:`~shared.errors.BadRequest` for what can be none."""
+    if not (found := address_of(request_id)):
+        raise BadRequest("what is given as a request's id is not text, or is none that a request can have")
+    return found
 
 
 def one_request(request: RequestLike | None, fields: Mapping[str, Any]) -> RequestLike:

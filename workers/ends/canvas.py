@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 from uuid import NAMESPACE_OID, uuid5
 
-import orjson
 from celery import Celery, signature
 from celery.canvas import Signature
 from celery.result import AsyncResult
@@ -111,7 +110,7 @@ class Canvas:
 
 def _read(embed: Mapping[str, Any]) -> dict[str, Any]:
     """A canvas with the times and other values that kombu writes in a form of its own."""
-    read: dict[str, Any] = json.loads(orjson.dumps({part: embed.get(part) for part in CANVAS}))
+    read: dict[str, Any] = json.loads(json.dumps({part: embed.get(part) for part in CANVAS}))
     return read
 
 

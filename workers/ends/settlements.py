@@ -147,15 +147,17 @@ def _told(item: InFlight, error: FleetError | None, status: str, dead_reason: st
         raise ValueError(f"an ending with the status {status} needs its error")
     if not _id(item):
         return Settlement(item.lease, dead_reason=dead_reason)
-    record = wire.failure_meta(item.id, error, status=status, content=item.content, extra=item.record_extra())
-    return Settlement(item.lease, _result_key(item), record, item.reply, dead_reason=dead_reason, request_id=item.id)
+    record = wire.failure_meta(item.address, error, status=status, content=item.content, extra=item.record_extra())
+    return Settlement(
+        item.lease, _result_key(item), record, item.reply, dead_reason=dead_reason, request_id=item.address
+    )
 
 
 def _id(item: InFlight) -> str:
-    """Its id; empty where the message names none, so that nobody can ask."""
-    return "" if item.id == item.lease else item.id
+    """What its sender asks under; empty where the message names nothing, so that nobody can ask."""
+    return item.address
 
 
 def _result_key(item: InFlight) -> str:
     """Where the result is kept; nowhere when the sender asked for none."""
-    return "" if item.headers.get("ignore_result") is True else keys.result_key(item.id)
+    return "" if item.headers.get("ignore_result") is True else keys.result_key(item.address or item.id)

@@ -161,6 +161,13 @@ RELIED_UPON: Mapping[str, Mapping[str, str]] = {
         "redis.connection.ConnectionPool.reset": "forgets the connections that are not in use",
         "redis.connection.ConnectionPool.connection_kwargs": "what the next connection is made with",
     },
+    "shared/direct_asyncio.py": {
+        "redis.asyncio.connection.Connection.connect_check_health": "afterwards there are a _reader and a _writer",
+        "redis.asyncio.connection.Connection.send_packed_command": "imitated: writes to _writer, without a limit",
+        "redis.asyncio.connection.Connection.read_response": "answers in the order of the questions",
+        "redis.asyncio.connection.Connection.disconnect": "closes _writer",
+        "redis.asyncio.connection.ConnectionPool.make_connection": "a connection that belongs to no pool",
+    },
     "shared/keys.py": {
         "kombu.transport.redis.Channel._q_for_pri": "imitated: the list of a queue and priority",
         "kombu.transport.redis.Channel.priority": "imitated: the step of a priority",

@@ -57,6 +57,9 @@ class State(StrEnum):
 class InFlight:
     """A claimed message, its request, its state, and the times it went through.
 
+    ``id`` may stand in logs and events; where the sender's own may not, that is the lease's. ``address`` is what the
+    sender looks under for its answer, as it is; empty where it named nothing.
+
     Has what Celery's worker state and remote control read of a request (``id``, ``name``, ``info()``, …), so that
     ``celery inspect`` shows it. All times are seconds since the epoch.
     """
@@ -64,6 +67,7 @@ class InFlight:
     name = TASK_NAME
     __slots__ = (
         "__weakref__",
+        "address",
         "attempts",
         "body",
         "claimed",
@@ -117,6 +121,7 @@ class InFlight:
         own = wire.own_header(headers)
         self.id = wire.usable_id(headers.get("id")) or wire.usable_id(properties.get("correlation_id")) or lease
         self.content = given_content(own.get("content"))
+        self.address = wire.address_of(headers.get("id")) or wire.address_of(properties.get("correlation_id"))
         self.reply = wire.reply_of(headers)
         self.foreign = HANDLED.isdisjoint(own)  # others than our own client have sent it, and no worker has handled it
         sent = own.get("sent")
@@ -149,7 +154,7 @@ class InFlight:
     def decode(self) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
         """The positional arguments, keyword arguments and canvas of the task call."""
         try:
-            args, kwargs, embed = orjson.loads(self.body)
+            args, kwargs, embed = wire.loads(self.body)
         except (orjson.JSONDecodeError, TypeError, ValueError):
             raise UndecodableMessage("the message's body is not a JSON list of args, kwargs and embed") from None
         if not isinstance(args, list) or not isinstance(kwargs, dict):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from shared import keys, wire
-from shared.errors import BadRequest, DeadLettered, UndecodableMessage
+from shared.errors import BadRequest, DeadLettered
 from shared.limits import LimitsInForce
 from workers.broker.delivery import Delivery, Swept
 from workers.ends.settler import Settler, oldest_in_front
@@ -71,7 +71,7 @@ class Sweeper:
         queue = keys.queue_of_list(swept.list_name)
         try:
             envelope = wire.decode_envelope(swept.payload)
-        except UndecodableMessage as error:
+        except BadRequest as error:
             return Ending.refused(InFlight.unreadable(swept.lease, queue, swept.payload, error), error)
         self._settler.seal.check(envelope)
         item = InFlight(swept.lease, queue, envelope["headers"], envelope["properties"], envelope["body"], 0.0)
