@@ -140,6 +140,14 @@ class DeadlineExceeded(FleetError):
     """The request's deadline passed before it was answered."""
 
 
+class TimeLimitExceeded(FleetError):
+    """The request ran for longer than its time limit."""
+
+
+class SoftTimeLimitExceeded(FleetError):
+    """The request ran for longer than its soft time limit."""
+
+
 class Cancelled(FleetError):
     """The request was cancelled."""
 

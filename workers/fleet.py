@@ -32,11 +32,13 @@ from workers.observe.celery_events import CeleryEvents
 from workers.observe.observers import Observers
 from workers.path.execution import Loop
 from workers.path.intake import IntakeContext
+from workers.path.run_limits import RunLimits
 from workers.process.announcing import Announcer, LiveWorkers
 from workers.process.guard import Guard
 from workers.process.queues import LateEngines
 from workers.process.roster import Roster
 from workers.process.stopping import Stopping
+from workers.requests.inflight import TimeLimits
 from workers.routing.doubts import Doubts
 from workers.routing.rescuer import Rescuer
 from workers.routing.sweeper import Sweeper
@@ -84,11 +86,16 @@ class Fleet:
         self._context = IntakeContext(
             settings, self.limits, self.delivery, self.leases, self.observers, self.settler, self.worker_id,
             self.live, self.live.refresh, self.announcer.announce_now, state.revoked, time.time,
+            RunLimits(self._time_limits, time.monotonic),
         )  # fmt: skip
         self._guard = Guard(settings.optimization.watchdog, self.roster, self.fail)
         self._loop: Loop | None = None
         self._ready = False
         self._started = time.time()
+
+    def _time_limits(self) -> TimeLimits:
+        """The limits of every request that names none: those of the command line, or of remote control."""
+        return self.events.task.time_limit, self.events.task.soft_time_limit
 
     # -- start ------------------------------------------------------------------------------------------------------
 

@@ -27,9 +27,10 @@ from workers.broker.seal import Seal
 from workers.ends.settler import Settler
 from workers.observe.observers import STEPS, Observer, Observers
 from workers.path.intake import Intake, IntakeContext
+from workers.path.run_limits import RunLimits
 from workers.path.runner import Event
 from workers.requests.ending import Ending
-from workers.requests.inflight import InFlight
+from workers.requests.inflight import InFlight, TimeLimits
 from workers.routing.rescuer import Rescuer
 from workers.routing.sweeper import Sweeper
 
@@ -202,6 +203,7 @@ class MemoryWorker:
         )  # fmt: skip
         self.loop = ManualLoop(fleet.clock)
         self.revoked: set[str] = set()
+        self.time_limits: TimeLimits = (None, None)
         self.refresh_failures: deque[Exception] = deque()
         self.announced = True
         self.connected = False
@@ -211,7 +213,7 @@ class MemoryWorker:
         self.intakes: dict[EngineName, Intake] = {}
         context = IntakeContext(
             settings, self.limits, self.delivery, self.leases, self.observers, self.settler, name, fleet.live,
-            self._refresh, lambda: None, self.revoked, fleet.clock,
+            self._refresh, lambda: None, self.revoked, fleet.clock, RunLimits(lambda: self.time_limits, fleet.clock),
         )  # fmt: skip
         for engine in engines:
             models = scripted_models(settings, self.limits, engine, slots)

@@ -42,7 +42,10 @@ class ScriptedRunner(EngineRunner):
         self.aborted: list[InFlight] = []
 
     def submit(self, batch: Batch[Part]) -> None:
+        """Its model is there: what runs begins."""
         self.submitted.append(batch)
+        for part in batch.items:
+            part.item.began = part.item.began or part.item.started
         self.runs.append(Run(batch, list(batch.items)))
 
     def abort(self, item: InFlight) -> None:

@@ -42,6 +42,9 @@ class EngineStep(bootsteps.StartStopStep):
                     f"the {worker.pool_cls.__module__} pool has no event loop; leave -P out: engines run on threads of "
                     "their own, and the solo pool is what the rest needs"
                 )
+            task = worker.app.tasks[TASK_NAME]
+            task.time_limit = task.time_limit or worker.time_limit
+            task.soft_time_limit = task.soft_time_limit or worker.soft_time_limit
             fleet_of(worker.app).serve(worker.app.amqp.queues.consume_from)
         except FleetError as error:
             logger.critical("%s", error.message)

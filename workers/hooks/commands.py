@@ -1,4 +1,4 @@
-"""Remote control of the queues: an engine's queue is consumed with its engine, and what cannot be done is refused.
+"""Remote control: an engine's queue is consumed with its engine, and what cannot be done is refused.
 
 Celery's own commands answer before anything is done, and consume any queue with or without what runs its messages.
 Importing this module puts ours in their place.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from celery.worker import control
 from celery.worker.control import control_command, nok, ok
 
-from shared.contract import EngineName
+from shared.contract import TASK_NAME, EngineName
 from shared.errors import FleetError
 from workers.process.queues import check_names
 
@@ -48,6 +49,37 @@ def cancel_consumer(state: Any, queue: str, **_: Any) -> Any:
     return ok(f"no longer consuming from {queue}")
 
 
+def time_limit(state: Any, task_name: str, hard: object = None, soft: object = None, **_: Any) -> Any:
+    """Tell worker(s) to modify the time limit for task by type: of requests, whose messages name none."""
+    if task_name != TASK_NAME:
+        return nok(f"only {TASK_NAME} has time limits here: other tasks run on the worker's loop, uninterrupted")
+    for limit in (hard, soft):
+        if limit is not None and not (isinstance(limit, int | float) and limit >= 0):
+            return nok("a time limit is a number of seconds, at least 0")
+    task = state.app.tasks[TASK_NAME]
+    task.time_limit, task.soft_time_limit = hard, soft
+    return ok("time limits set successfully")
+
+
+def rate_limit(state: Any, task_name: str, rate_limit: object = None, **_: Any) -> Any:
+    """Tell worker(s) to modify the rate limit for a task by type; requests have one for each tenant instead."""
+    if task_name == TASK_NAME:
+        return nok(f"{TASK_NAME} has no rate limit of a worker: set requests_per_second of a tenant (fleet.tenants)")
+    return _celerys_rate_limit(state, task_name, rate_limit)
+
+
+_celerys_rate_limit = control.rate_limit
+
+control_command(
+    name="time_limit",
+    args=[("task_name", str), ("soft", float), ("hard", float)],
+    signature="<task_name> <soft_secs> [hard_secs]",
+)(time_limit)
+control_command(
+    name="rate_limit",
+    args=[("task_name", str), ("rate_limit", str)],
+    signature="<task_name> <rate_limit (e.g., 5/s | 5/m | 5/h)>",
+)(rate_limit)
 control_command(
     name="add_consumer",
     args=[("queue", str), ("exchange", str), ("exchange_type", str), ("routing_key", str)],

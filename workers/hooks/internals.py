@@ -86,6 +86,8 @@ RELIED_UPON: Mapping[str, Mapping[str, str]] = {
     "workers/hooks/commands.py": {
         "celery.worker.control.Panel._register": "a command of a name takes the place of the one before",
         "celery.worker.control.add_consumer": "ours takes its place",
+        "celery.worker.control.rate_limit": "ours takes its place, and calls it for other tasks",
+        "celery.worker.control.time_limit": "ours takes its place",
         "celery.worker.control.cancel_consumer": "ours takes its place",
         "celery.app.amqp.Queues.consume_from": "which queues are consumed",
     },

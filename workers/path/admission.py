@@ -105,9 +105,8 @@ class Admission:
             decision = self._fallback.elsewhere(request, item.hops, item.sent)
             self._outbox.add(self._fallback.carried_out(decision, item, item.claimed))
             return
-        last_moment = item.last_moment()
-        if last_moment is not None:
-            self._leases.hold(item.lease, last_moment)
+        if request.deadline is not None:  # it may run past its ``expires``
+            self._leases.hold(item.lease, request.deadline)
         if item.foreign:
             self._table.move(item, State.ASKING)
         else:

@@ -104,7 +104,7 @@ class Conclusion:
         """How long to wait before another try; ``None`` where it has had enough, or has no time for one."""
         retry = self._limits.now.retry
         pause = retry.backoff_ms / 1000 * 2**item.attempts
-        last_moment = item.last_moment()
-        if item.attempts >= retry.attempts or (last_moment is not None and self._clock() + pause >= last_moment):
+        deadline = item.request.deadline if item.request is not None else None
+        if item.attempts >= retry.attempts or (deadline is not None and self._clock() + pause >= deadline):
             return None
         return Pause(pause)

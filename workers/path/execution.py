@@ -231,7 +231,7 @@ class Execution:
         started = [part.item for part in batch.items if part.item.state is not State.RUNNING]
         for item in started:
             self._table.move(item, State.RUNNING)
-            item.started, item.first_token = now, 0.0
+            item.started, item.first_token, item.began = now, 0.0, 0.0
         self._runner.submit(batch)
         self._observers.tell("batch_started", self._runner.models.engine.name, started)
         self._waiting.started(batch)

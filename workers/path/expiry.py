@@ -52,7 +52,7 @@ class Expiry:
         if item.id in self._revoked:
             return Ending.cancelled(item)
         expires, request = item.expires, item.request
-        if expires is not None and now >= expires:
+        if expires is not None and now >= expires and not item.started:
             return Ending.expired(item)
         if request is None or not request.expired(now):
             return None

@@ -29,6 +29,7 @@ from workers.path.admission import Admission
 from workers.path.conclusion import Conclusion, Pause
 from workers.path.execution import Execution, Loop
 from workers.path.expiry import Expiry
+from workers.path.run_limits import RunLimits
 from workers.path.runner import BatchDone, EngineRunner, Event, Finished, ModelsChanged, TokensMade
 from workers.path.waiting_room import WaitingRoom
 from workers.requests.ending import Ending
@@ -58,6 +59,7 @@ class IntakeContext:
     announce: Callable[[], None]
     revoked: Container[str]
     clock: Callable[[], float]
+    run_limits: RunLimits
 
 
 class Intake:
@@ -217,6 +219,8 @@ class Intake:
         now, ended = self._context.clock(), dict[InFlight, State]()
         for item in held:
             ending = Ending.cancelled(item) if item.id in gone else self._expiry.late(item, now)
+            if ending is None and item.state is State.RUNNING:
+                ending = self._context.run_limits.exceeded(item)
             if ending is not None:
                 ended[item] = item.state
                 self._outbox.add(ending)
@@ -264,8 +268,7 @@ class Intake:
     def wind_up(self, hurry: bool) -> bool:
         """Claim no more, return what waits to the queue, and write what has ended; ``True`` when nothing is left here.
 
-        A request that runs in parts runs: the others follow.
-
+        A request that runs in parts goes on until the last of them.
         To be called again and again until it is, or there is no more time: then, to ``hurry``, what runs goes back too.
         """
         self.accepting = False
@@ -276,7 +279,8 @@ class Intake:
         waited = self._waiting.drain()
         self._execution.put_back([*running, *held, *waited, *self.table.all(State.RESTING, State.ALONE)])
         self._stop(running)
-        self._execution.finish()
+        if not self.hung:
+            self._execution.finish()
         if running:
             logger.warning("%d requests did not end in time and go back to %s", len(running), self.queue)
         self._outbox.flush()

@@ -159,13 +159,19 @@ class EngineRunner(ABC):
     def _accept(self, batch: Batch[Part]) -> None:
         """Run a batch, or let it run."""
 
-    def _ready(self, name: str) -> LoadedModel:
-        """The model, loaded where it was not; :attr:`_loading` grows by the seconds that it took to be ready."""
-        started = time.perf_counter()
+    def _ready(self, parts: Sequence[Part]) -> LoadedModel:
+        """The model, loaded where it was not: then the run of these begins, or goes on.
+
+        :attr:`_loading` grows by the seconds that it took.
+        """
+        started = time.monotonic()
         try:
-            return self.models.get(name)
+            return self.models.get(_model_of(parts[0]))
         finally:
-            self._loading += time.perf_counter() - started
+            now = time.monotonic()
+            self._loading += now - started
+            for part in parts:
+                part.item.began = part.item.began + now - started if part.item.began else now
 
     def _refused(self, part: Part, model: LoadedModel) -> FleetError | None:
         """Why a request of several parts is not to begin: what can be known before any of it has run."""
@@ -232,7 +238,7 @@ class BatchRunner(EngineRunner):
 
         error: FleetError
         try:
-            model = self._ready(name)
+            model = self._ready(parts)
             started = time.perf_counter()
             for index, part in enumerate(parts):
                 if part.opens and (refusal := self._refused(part, model)) is not None:
@@ -282,7 +288,7 @@ class ContinuousRunner(EngineRunner):
             self._report(BatchDone(batch, time.perf_counter() - started))
 
         try:
-            model = self.models.get(_model_of(part))
+            model = self._ready([part])
             started = time.perf_counter()
             if not isinstance(model, ContinuousModel):
                 raise BadRequest("the request cannot join what runs")

@@ -35,6 +35,10 @@ LONGEST_NAMES = 200
 """Characters that are shown of names that a sender chose."""
 
 
+TimeLimits = tuple[float | None, float | None]
+"""How many seconds a request may run, hard and soft; ``None`` is no limit."""
+
+
 class State(StrEnum):
     """Where a claimed request stands in its worker. Which may follow which: :mod:`workers.requests.table`."""
 
@@ -61,7 +65,8 @@ class InFlight:
     sender looks under for its answer, as it is; empty where it named nothing.
 
     Has what Celery's worker state and remote control read of a request (``id``, ``name``, ``info()``, …), so that
-    ``celery inspect`` shows it. All times are seconds since the epoch.
+    ``celery inspect`` shows it. All times are seconds since the epoch, but for ``began``: since when it has run, by the
+    steady clock, without the loading of its model.
     """
 
     name = TASK_NAME
@@ -69,6 +74,7 @@ class InFlight:
         "__weakref__",
         "address",
         "attempts",
+        "began",
         "body",
         "claimed",
         "content",
@@ -92,6 +98,7 @@ class InFlight:
         "started",
         "state",
         "task",
+        "time_limits",
     )  # fmt: skip
 
     def __init__(
@@ -111,6 +118,8 @@ class InFlight:
         self.claimed = claimed
         self.state = State.CLAIMED
         self.started = 0.0
+        self.began = 0.0
+        self.time_limits: TimeLimits = (None, None)
         self.first_token = 0.0
         self.attempts = 0
         self.task: Any = None
@@ -162,7 +171,8 @@ class InFlight:
         return args, kwargs, _canvas(embed)
 
     def validated(self, args: list[Any], kwargs: dict[str, Any]) -> InferenceRequest:
-        """The request of the call; raise :class:`BadRequest` where it is not a valid one."""
+        """The request of the call; raise :class:`BadRequest` where it, or the message's time limits, are not valid."""
+        self.time_limits = _time_limits(self.headers.get("timelimit"))
         data = kwargs.get("request")
         if data is None and len(args) == 1 and isinstance(args[0], dict) and "model" in args[0]:
             data, args = args[0], []
@@ -198,7 +208,7 @@ class InFlight:
 
     @property
     def expires(self) -> float | None:
-        """The time after which Celery's sender no longer wants it run."""
+        """The time after which Celery's sender does not want it started any longer."""
         return _timestamp(self.headers.get("expires"))
 
     @property
@@ -208,7 +218,7 @@ class InFlight:
         return 0.0 if eta is None else min(eta, self.expires or float("inf"))
 
     def last_moment(self) -> float | None:
-        """The earlier of the deadline and ``expires``: its lease is not kept longer."""
+        """The earlier of the deadline and ``expires``: it is not to be started later."""
         expires, deadline = self.expires, self.request.deadline if self.request else None
         if expires is None or deadline is None:
             return deadline if expires is None else expires
@@ -314,6 +324,20 @@ def _workers(value: object) -> tuple[str, ...]:
     if not isinstance(value, list):
         return ()
     return tuple(name for name in value[:MOST_PASSED] if isinstance(name, str))
+
+
+def _time_limits(value: object) -> TimeLimits:
+    """The time limits in a header; none is what Celery writes where its sender gave none."""
+    if value is None:
+        return None, None
+    if not isinstance(value, list) or len(value) != len(("hard", "soft")) or not all(map(_is_duration, value)):
+        raise BadRequest("timelimit must be the hard and the soft time limit, each in seconds or null")
+    hard, soft = value
+    return hard or None, soft or None
+
+
+def _is_duration(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 0)
 
 
 def _timestamp(value: object) -> float | None:
