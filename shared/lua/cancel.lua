@@ -1,4 +1,4 @@
--- Cancel a request: write its terminal record, unless it has one.
+-- Cancel a request: write its terminal record, unless it has one. Without the second key: end one that nobody has.
 --
 -- KEYS[1]  result key
 -- KEYS[2]  muai:cancelled  zset result key -> time of cancellation, ms
@@ -10,6 +10,11 @@ if existing then
   local ok, record = pcall(cjson.decode, existing)
   local status = ok and type(record) == 'table' and record.status
   if status == 'SUCCESS' or status == 'FAILURE' or status == 'REVOKED' then return 0 end
+end
+if not KEYS[2] then
+  redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+  redis.call('PUBLISH', KEYS[1], ARGV[1])
+  return 1
 end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)

@@ -1,8 +1,8 @@
 """Celery's Redis result backend, as this worker uses it: whoever waits on what follows a request is told, at once.
 
 Checked against celery 5.7. What is overridden: ``on_chord_part_return``, which calls the body of a chord;
-``_fail_chain`` and ``chord_error_from_stack``, which tell of a failure; ``mark_as_revoked``, which remote control
-calls.
+``_fail_chain`` and ``chord_error_from_stack``, which tell of a failure; ``_set_with_state``, which writes records;
+``mark_as_revoked``, which remote control calls.
 """
 
 from __future__ import annotations
@@ -112,6 +112,13 @@ class ChordBackend(RedisBackend):
     def _part_failed(self, step: Mapping[str, Any], exc: Any, state: str) -> None:
         if step.get("options", {}).get("chord"):
             self.on_chord_part_return(_context(step), state, exc)
+
+    def _set_with_state(self, key: Any, value: Any, state: str) -> None:
+        """Write a record. The first terminal one stands: two workers that find the same end tell of it at once."""
+        if state in states.READY_STATES:
+            self._cancel(keys=[key], args=[value, int(self.expires)])
+        else:
+            super()._set_with_state(key, value, state)
 
     # -- cancelling -------------------------------------------------------------------------------------------------
 

@@ -69,6 +69,7 @@ RELIED_UPON: Mapping[str, Mapping[str, str]] = {
         "celery.backends.base.Backend.restore_group": "the header of a chord with groups in it, or nothing",
         "celery.backends.base.Backend.chord_error_from_stack": "overridden: the chord that the body is in is told too",
         "celery.backends.base.Backend.mark_as_revoked": "overridden: what remote control revokes is cancelled",
+        "celery.backends.redis.RedisBackend._set_with_state": "overridden: the first terminal record stands",
         "celery.backends.redis.RedisBackend._unpack_chord_result": "a part's answer, or ChordError",
         "celery.backends.redis.RedisBackend.on_chord_part_return": "overridden, with the scripts and keys that it uses",
     },

@@ -96,6 +96,25 @@ def test_a_member_that_failed_fails_the_body(backend: ChordBackend, redis_client
     assert b"FAILURE" in redis_client.get(keys.result_key("body"))
 
 
+def test_an_end_that_two_workers_tell_of_is_told_once(backend: ChordBackend, redis_client: redis.Redis) -> None:
+    """Both have seen that there is none yet: one record is written and published, and it stands."""
+    heard = redis_client.pubsub(ignore_subscribe_messages=True)
+    heard.subscribe(keys.result_key("later"))
+    heard.get_message(timeout=5)
+    none_yet = backend._get_task_meta_for("later")
+    other: ChordBackend = create_app(settings_of(EngineName.FAKE, redis_url=backend.url)).backend
+    for one, state in ((backend, "REVOKED"), (other, "FAILURE")):
+        one._get_task_meta_for = lambda _: none_yet
+        one.store_result("later", ValueError("no"), state)
+
+    told = [message for _ in range(10) if (message := heard.get_message(timeout=0.1))]
+
+    heard.close()
+    assert len(told) == 1
+    assert b"REVOKED" in redis_client.get(keys.result_key("later"))
+    assert 0 < redis_client.ttl(keys.result_key("later")) <= 3600
+
+
 def test_a_body_that_cannot_be_sent_has_failed(backend: ChordBackend, redis_client: redis.Redis, monkeypatch) -> None:
     """Whoever waits for it is told; also where it is the broker that would refuse it every time."""
     refusal = OperationalError("refused")
