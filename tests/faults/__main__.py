@@ -19,6 +19,9 @@ from tests.faults.anything.seeds import run_one
 from tests.faults.stage import Figure
 from tests.faults.suite import SCENARIOS
 
+KEPT = Path(".muai/faults")
+"""Where compositions that fail are left, unless another folder is named."""
+
 
 def main() -> int:
     """Run the scenarios that were asked for."""
@@ -39,9 +42,7 @@ def main() -> int:
         parser.error(f"there is no {', '.join(unknown)}; there are: {', '.join(SCENARIOS)}")
     SCENARIOS["soak"].full["minutes"] = options.minutes
     if options.composition is not None:
-        return int(
-            bool(run_one(options.keep or Path(".muai/faults"), Composition.from_json(options.composition.read_text())))
-        )
+        return int(bool(run_one(options.keep or KEPT, Composition.from_json(options.composition.read_text()))))
     if options.seed is not None or options.runs is not None:
         if options.no_shrink:
             SCENARIOS["anything"].full["shrink"] = 0.0
@@ -50,7 +51,7 @@ def main() -> int:
     found: list[tuple[str, Figure]] = []
     with tempfile.TemporaryDirectory(prefix="muai-faults-") as temporary:
         for name in names:
-            folder = (options.keep or Path(temporary)) / name
+            folder = (options.keep or (KEPT if name == "anything" else Path(temporary))) / name
             found += [(name, figure) for figure in measured(name, folder, options.short)]
     console = Console()
     console.print(table(found))

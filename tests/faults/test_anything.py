@@ -11,11 +11,11 @@ from tests.faults.anything.draw import STYLES, compose
 from tests.faults.anything.run import anomalies_of
 from tests.faults.anything.shrink import shrunk
 
-SEEDS: tuple[int, ...] = ()
-"""Of every style, and none that takes long."""
+SEEDS = (10, 21, 715, 17, 89, 100, 109, 34, 130, 16, 45, 108)
+"""Of every style but that of the clocks, and none that takes long."""
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(170)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_what_must_always_hold(seed: int, tmp_path: Path) -> None:
     """Each accepted id ends once, in time and truly; who waits is told; limits are kept; nothing is left behind."""

@@ -42,7 +42,7 @@ def submitting(scene: Scene, caller: Caller) -> None:
             time.sleep(caller.cancel_after)
             for ask in caller.asks[: caller.cancels]:
                 if ask.id in handles:
-                    _cancel(scene, ask.id, client.cancel)
+                    _cancel(scene, ask.id, handles[ask.id].cancel)
         scene.book.waiting(handles)
         for request_id, handle in handles.items():
             with suppress(TimeoutError):
@@ -58,11 +58,11 @@ def _outcome(scene: Scene, handle: Handle) -> Outcome:
                 raise
 
 
-def _cancel(scene: Scene, request_id: str, cancel: Callable[[str], bool]) -> None:
+def _cancel(scene: Scene, request_id: str, cancel: Callable[[], bool]) -> None:
     scene.book.cancelling(request_id)
     for _ in scene.tries():
         try:
-            scene.book.cancelled(request_id, cancel(request_id))
+            scene.book.cancelled(request_id, cancel())
             return
         except BrokerUnavailable:
             time.sleep(SLEEP)

@@ -42,7 +42,7 @@ class Truth:
     @property
     def patience(self) -> float:
         """Seconds within which what is normal happens."""
-        return SLACK + self.lag
+        return SLACK + 3 * self.lag
 
     @property
     def work(self) -> float:
