@@ -137,6 +137,10 @@ def reply_stream(client_id: str) -> str:
     return f"{REPLY_PREFIX}{client_id}"
 
 
+CANCELLED_SECONDS = 7 * 24 * 3600
+"""How long a cancellation is kept of a request that nobody has claimed."""
+
+
 PARITY_SECONDS = 30 * 24 * 3600
 """How long reference answers are kept."""
 

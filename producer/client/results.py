@@ -47,7 +47,7 @@ class StoredResults:
             cancelled = yield Run(
                 self._cancel,
                 [keys.result_key(checked_id(request_id)), keys.CANCELLED],
-                [record, self._fleet.result_expires_seconds],
+                [record, self._fleet.result_expires_seconds, keys.CANCELLED_SECONDS],
             )
         if cancelled:
             self._awaited.resolve_record(record)

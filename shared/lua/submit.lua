@@ -180,9 +180,11 @@ for _, group in ipairs(groups) do
     if #late > 0 then redis.call('ZADD', KEYS[5], unpack(late)) end
   end
 end
-if #again > 0 then
-  for _, record in ipairs(again) do redis.call('DEL', record) end
-  redis.call('ZREM', KEYS[3], unpack(again, 1, math.min(#again, 5000)))
+for _, record in ipairs(again) do redis.call('DEL', record) end
+if redis.call('EXISTS', KEYS[3]) == 1 then -- of what was cancelled under these ids before, nothing counts any longer
+  for _, group in ipairs(groups) do
+    for _, i in ipairs(group.news) do redis.call('ZREM', KEYS[3], 'celery-task-meta-' .. ARGV[i]) end
+  end
 end
 for _, entry in ipairs(doubted) do
   if redis.call('HLEN', KEYS[4]) >= 1000 then break end

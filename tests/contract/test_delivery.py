@@ -136,6 +136,35 @@ def test_what_failed_or_was_cancelled_may_be_submitted_again(side: Side):
     assert b"SUCCESS" in side.state()["records"][key]
 
 
+def test_a_cancellation_outlives_its_record(side: Side):
+    """Who claims the request later knows of it, whoever sent it, and writes no second record; then it is forgotten."""
+    key = keys.result_key("a")
+    side.submit("fake", "a", b"message")
+    (lease,) = leases_of(side.delivery.claim(QUEUE, 1))
+    assert side.cancel("a", cancelled_record("a"))
+    side.forget("a")
+
+    assert side.delivery.cancelled_among(["a"]) == {"a"}
+    assert side.delivery.begin([(lease, "a", "")]) == [Verdict.REVOKED]
+    ending = Settlement(lease, key, cancelled_record("a"), reply=REPLY, request_id="a", cancelled=True)
+    assert side.delivery.settle([ending]) == [Written.CANCELLED]
+    assert side.state()["records"] == {}
+    assert side.state()["cancelled"] == {}
+    assert not side.state()["under way"]
+
+
+def test_what_is_submitted_again_was_not_cancelled(side: Side):
+    """Also where the record is gone by then."""
+    side.submit("fake", "a", b"message")
+    (lease,) = leases_of(side.delivery.claim(QUEUE, 1))
+    side.delivery.settle([Settlement(lease, request_id="a")])
+    side.cancel("a", cancelled_record("a"))
+    side.forget("a")
+
+    assert side.submit("fake", "a", b"message")
+    assert side.delivery.cancelled_among(["a"]) == set()
+
+
 def test_the_first_terminal_record_stands(side: Side):
     """A cancelled request keeps that record, its caller is given it, and what would have followed does not."""
     side.submit("fake", "a", b"message")

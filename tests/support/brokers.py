@@ -115,7 +115,7 @@ class RedisSide:
 
     def cancel(self, request_id: str, record: bytes) -> bool:
         self._set_clock()
-        return bool(self._cancel(keys=[keys.result_key(request_id), keys.CANCELLED], args=[record, 3600]))
+        return bool(self._cancel(keys=[keys.result_key(request_id), keys.CANCELLED], args=[record, 3600, 7200]))
 
     def _set_clock(self) -> None:
         set_clock(self._client, self._clock)

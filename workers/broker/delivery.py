@@ -84,6 +84,7 @@ class Settlement:
     due_ms: float | None = None
     request_id: str = ""
     deadline: Deadline | None = None
+    cancelled: bool = False
 
     @classmethod
     def give_back(cls, lease: str, message: bytes | str = SAME) -> Settlement:
@@ -98,6 +99,8 @@ class Settlement:
         if self.result_key:
             payloads.append(self.record)
             terms |= {"result": self.result_key, "record": len(payloads)}
+            if self.cancelled:
+                terms["cancel"] = True
         elif self.record and self.reply:
             payloads.append(self.record)
             terms["record"] = len(payloads)
@@ -271,7 +274,7 @@ class RedisDelivery:
         self._watch_ms = max(1, int(WATCH_SHARE * fleet.sweep_seconds * 1000))
         self._settle_keys = [
             keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.DEAD_LETTERS, keys.IN_FLIGHT, keys.UNDER_WAY, keys.DELAYED,
-            keys.CONTENTS, keys.DEADLINES,
+            keys.CONTENTS, keys.DEADLINES, keys.CANCELLED,
         ]  # fmt: skip
         self._claim_keys: dict[str, list[str]] = {}
         self._token = token or LeaseTokens()
@@ -392,7 +395,7 @@ class RedisDelivery:
         args: list[str | int] = [self._fleet.result_expires_seconds]
         for message in messages:
             args.extend(message)
-        names = [keys.LEASE_INDEX, keys.UNDER_WAY, keys.CONTENTS]
+        names = [keys.LEASE_INDEX, keys.UNDER_WAY, keys.CONTENTS, keys.CANCELLED]
         return [Verdict(word.decode()) for word in self._begin(keys=names, args=args)]
 
     def cancelled_among(self, request_ids: Sequence[str]) -> set[str]:

@@ -100,8 +100,8 @@ class MemoryBroker:
             raise IdConflict
         if known:
             return False
-        if self.records.pop(key, None):
-            self.cancelled.pop(key, None)
+        self.records.pop(key, None)
+        self.cancelled.pop(key, None)
         self.under_way[request_id] = self.now
         self.contents[request_id] = content
         self.queues.push(list_name, message, front=False)
@@ -151,6 +151,8 @@ class MemoryBroker:
         standing = self._standing(keys.result_key(request_id))
         if standing is not None:
             return Verdict.REVOKED if standing is Written.CANCELLED else Verdict.DONE
+        if keys.result_key(request_id) in self.cancelled:
+            return Verdict.REVOKED
         holder = self._running.get(request_id)
         waits = request_id in self.under_way if holder is None else holder != lease and holder in self.leases
         if waits:
@@ -188,10 +190,14 @@ class MemoryBroker:
         record, written = _bytes(it.record), Written.DONE
         if it.result_key:
             standing = self._standing(it.result_key)
-            if standing is None:
-                self._record(it.result_key, record)
-            else:
+            if standing is not None:
                 record, written = self.records[it.result_key], standing
+            elif it.cancelled and it.result_key in self.cancelled and it.result_key not in self.records:
+                written = Written.CANCELLED
+            else:
+                self._record(it.result_key, record)
+            if written is Written.CANCELLED and not it.push_list:
+                self.cancelled.pop(it.result_key, None)
         if it.request_id and not it.push_list and it.due_ms is None:
             self.under_way.pop(it.request_id, None)
             self._running.pop(it.request_id, None)

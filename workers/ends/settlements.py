@@ -66,7 +66,7 @@ def _failure(ending: Ending, _: Sequence[Any]) -> Settlement:
 
 
 def _revoked(ending: Ending, _: Sequence[Any]) -> Settlement:
-    return _told(ending.item, ending.error, "REVOKED")
+    return replace(_told(ending.item, ending.error, "REVOKED"), cancelled=ending.end is End.CANCEL)
 
 
 def _dead(ending: Ending, _: Sequence[Any]) -> Settlement:

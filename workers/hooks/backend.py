@@ -135,7 +135,9 @@ class ChordBackend(RedisBackend):
             super().mark_as_revoked(task_id, reason, request, store_result, state)
             return
         record = wire.failure_meta(task_id, TaskRevokedError(reason), status=state)
-        self._cancel(keys=[keys.result_key(task_id), keys.CANCELLED], args=[record, int(self.expires)])
+        self._cancel(
+            keys=[keys.result_key(task_id), keys.CANCELLED], args=[record, int(self.expires), keys.CANCELLED_SECONDS]
+        )
 
 
 def _calls(steps: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:

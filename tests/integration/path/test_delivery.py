@@ -336,3 +336,30 @@ def test_delayed_tasks_run_in_the_order_in_which_they_are_due(make_fleet, redis_
     found = [app.AsyncResult(one).get(timeout=60) and app.AsyncResult(one).date_done for one in ids]
 
     assert found == sorted(found)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_what_was_cancelled_and_waits_longer_than_its_result_is_kept_does_not_run(
+    make_fleet, redis_client: redis.Redis, ours: bool
+) -> None:
+    """Our client's and a plain sender's: it has one record, and nothing of it is left."""
+    fleet = make_fleet(fleet={"result_expires_seconds": 1, "on_outage": "raise"})
+    idle = fleet.start_worker()
+    idle.send_signal(signal.SIGSTOP)
+    told: list[bytes] = []
+    listener = redis_client.pubsub()
+    listener.psubscribe("celery-task-meta-*")
+    if ours:
+        name = fleet.client.submit(ECHO).id
+    else:
+        name = bare_app(fleet.url).send_task("muai.infer", kwargs={"request": ECHO}, queue="fake").id
+    assert fleet.client.cancel(name)
+    eventually(lambda: not redis_client.exists(keys.result_key(name)), what="the end of its record")
+    idle.send_signal(signal.SIGCONT)
+    eventually(lambda: fleet.client.queue_lengths()["fake"] + redis_client.zcard(keys.LEASE_INDEX) == 0)
+
+    while (message := listener.get_message(timeout=0.2)) is not None:
+        told += [message["data"]] if message["type"] == "pmessage" else []
+    assert [b"REVOKED" in record for record in told] == [True]
+    assert redis_client.zcard(keys.CANCELLED) == 0
+    assert not redis_client.exists(keys.result_key(name))

@@ -3,6 +3,7 @@
 -- KEYS[1]  muai:lease:index  zset lease id -> expiry, ms
 -- KEYS[2]  muai:underway     zset request id -> when it was submitted, ms
 -- KEYS[3]  muai:contents     hash request id -> digest of its content, while it is under way
+-- KEYS[4]  muai:cancelled    zset result key -> time of cancellation, ms: for longer than there is a record
 -- ARGV[1]  seconds that a request is remembered as under way, should nobody ever answer it
 -- then for each message its lease, its id and its content's digest
 -- Returns  one word a message: run, wait (another message of this id is under way) done (it has its answer) or
@@ -16,6 +17,7 @@ local function verdict(lease, id, content)
   local record = redis.pcall('GETRANGE', 'celery-task-meta-' .. id, 0, 95)
   local ended = type(record) == 'string' and TERMINAL[string.match(record, '"status":%s*"(%u+)"') or '']
   if ended then return ended end
+  if redis.call('ZSCORE', KEYS[4], 'celery-task-meta-' .. id) then return 'revoked' end
   local holder = redis.call('GET', 'muai:running:' .. id)
   if holder then
     if holder ~= lease and redis.call('ZSCORE', KEYS[1], holder) then return 'wait' end

@@ -14,6 +14,7 @@
 -- KEYS[6]  muai:delayed         hash request id -> the lease under which it waits for its time
 -- KEYS[7]  muai:contents        hash request id -> digest of its content, while it is under way
 -- KEYS[8]  muai:deadlines       zset request id, newline, list -> its deadline, ms
+-- KEYS[9]  muai:cancelled       zset result key -> time of cancellation, ms
 -- ARGV[1]  JSON: { ttl            seconds that results and reply streams are kept
 --                  dead_capacity  most dead letters kept
 --                  delayed        prefix of delayed leases
@@ -25,6 +26,7 @@
 --   id       the request's id: where its message goes nowhere it is not under way any longer
 --   result   result key: written and published, as Celery's Redis backend does
 --   record   result record: the number of a payload
+--   cancel   true: it ends because it was cancelled. Who has cancelled it has written its record, which may be gone by now
 --   reply    reply stream: the record is appended to it
 --   list     a message is put on this list; '=' is the list it came from
 --   message  its message: the number of a payload; none is the message as it was claimed
@@ -84,9 +86,12 @@ local function settle(it)
     if on then redis.call('ZADD', KEYS[8], it.deadline, string.match(it.entry, '^.-\n') .. on) end
   end
   local record, written = payload(it.record), DONE
-  if it.result then
+  if it.result and it.cancel and redis.call('ZSCORE', KEYS[9], it.result) and redis.call('EXISTS', it.result) == 0 then
+    written = CANCELLED
+  elseif it.result then
     record, written = record_result(it.result, record)
   end
+  if written == CANCELLED and not it.list then redis.call('ZREM', KEYS[9], it.result) end
   if it.id and not it.list and not it.due then ended[#ended + 1] = it.id end
   if it.reply and record then
     redis.pcall('XADD', it.reply, '*', 'm', record) -- an error where the key is no stream concerns nobody else
