@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
+import click
 from celery import Celery, Task
 from kombu import Queue
 from kombu.transport import TRANSPORT_ALIASES
@@ -21,6 +22,9 @@ from workers.hooks.transport import TransportParts
 
 EVENT_TIMEOUT_SECONDS = 2.0
 """Longest wait of the worker's loop for what Celery sends: events and replies of remote control. Not for requests."""
+
+USAGE = 2
+"""Status of a command whose configuration is wrong: that of ``celery`` and of ``muai`` for wrong use."""
 
 TRANSPORT = "muai-redis"
 TRANSPORT_ALIASES[TRANSPORT] = "workers.hooks.transport:Transport"
@@ -121,7 +125,15 @@ def __getattr__(name: str) -> FleetApp:
     if name == "app":
         from shared.settings_loader import load_settings
 
-        app = create_app(load_settings())
+        try:
+            app = create_app(load_settings())
+        except FleetError as error:
+            if click.get_current_context(silent=True) is None:
+                raise
+            # Celery's command would show how it came to ask.
+            for line in error.message.splitlines():
+                click.echo(f"Error: {line}", err=True)
+            raise SystemExit(USAGE) from None
         globals()["app"] = app
         return app
     raise AttributeError(name)

@@ -12,10 +12,11 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import orjson
 
+from producer.batch.streams import Sink
 from producer.client.records import Outcome
 from producer.client.shorthand import complete
 from shared.contract import InferenceRequest, Kind
@@ -91,13 +92,20 @@ class Answers:
 # --- input --------------------------------------------------------------------------------------------------------
 
 
+class Lines(Protocol):
+    """What lines are read from."""
+
+    def readline(self, limit: int, /) -> bytes:
+        """The next line, or its next ``limit`` bytes; empty at the end."""
+
+
 def new_run() -> str:
     """A name for this run; it begins the ids of its requests, so that another run never gets this one's results."""
     return secrets.token_hex(4)
 
 
 def read_lines(
-    stream: BinaryIO, run: str, *, model: str | None = None, kind: Kind | None = None, limit: int = 1 << 22
+    stream: Lines, run: str, *, model: str | None = None, kind: Kind | None = None, limit: int = 1 << 22
 ) -> Iterator[Line]:
     """The lines of ``stream``, one at a time. Blank ones are passed over; those over ``limit`` bytes are bad ones.
 
@@ -111,7 +119,7 @@ def read_lines(
             yield _line(number, raw, run, model, kind, limit)
 
 
-def _raw_lines(stream: BinaryIO, limit: int) -> Iterator[bytes]:
+def _raw_lines(stream: Lines, limit: int) -> Iterator[bytes]:
     # One byte more than allowed shows that a line is too long; the rest of such a line is read away in pieces.
     while raw := stream.readline(limit + 1):
         rest = raw
@@ -219,7 +227,7 @@ class Scan:
     unterminated: bool
 
 
-def scan(lines: Iterable[bytes], *, drop_errors: bool = False, keep: BinaryIO | None = None) -> Scan:
+def scan(lines: Iterable[bytes], *, drop_errors: bool = False, keep: Sink | None = None) -> Scan:
     """Read an answer file that an earlier run may have left torn.
 
     A last line without its newline is whole if it is JSON; otherwise it does not count (``end`` is where it begins).

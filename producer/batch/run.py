@@ -8,13 +8,14 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
 from producer.batch.files import Answers, Line, answer, new_run, read_lines, scan
+from producer.batch.streams import STANDARD, STANDARD_OUTPUT, Sink, Source, codec_of, naming, whole_lines
 from producer.client.client import Client
 from producer.client.window import Item
 from shared.contract import InferenceRequest, Kind
@@ -49,8 +50,8 @@ class Summary:
         return f"{text}; {self.seconds:.1f} s{rate}"
 
 
-Report = Callable[[Summary, int], None]
-"""Called after each answer with the sums so far and how many bytes of the input have been read."""
+Report = Callable[[Summary], None]
+"""Called after each answer with the sums so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,41 +74,53 @@ class AnswerFile:
     def __init__(self, path: Path, *, drop_errors: bool = False) -> None:
         self.answers = Answers()
         self.taken_up = path.exists()
+        self._name = str(path)
+        self._codec = codec_of(path.name)
+        path = path.resolve()  # what takes its place is not to take that of a link to it, or of /dev/stdout
         self._stream = _locked(path)
         try:
-            if drop_errors and self.taken_up:
-                self._rewrite(path)
-            else:
-                self._repair()
+            with naming(self._name):
+                # What is compressed cannot be cut off at a line.
+                if self.taken_up and (drop_errors or self._codec is not None):
+                    self._rewrite(path, drop_errors)
+                else:
+                    self._repair()
         except BadRequest as error:
             self._stream.close()
-            raise BadRequest(f"{path}: {error.message}; it was not written by muai batch: name another file") from None
+            raise BadRequest(
+                f"{self._name}: {error.message}; it was not written by muai batch: name another file"
+            ) from None
 
     def append(self, line: bytes) -> None:
         """Write one answer through to the system, so that killing this process loses no written line."""
-        self._stream.write(line)
-        self._stream.flush()
+        with naming(self._name):
+            self._sink.write(line)
+            self._sink.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._stream.close()
+        with naming(self._name), self._stream:
+            self._sink.end()
 
     def _repair(self) -> None:
         found = scan(self._stream)
         self.answers = found.answers
         self._stream.truncate(found.end)
         self._stream.seek(0, os.SEEK_END)
+        self._sink = Sink(self._stream, self._codec)
         if found.unterminated:
             self.append(b"\n")
 
-    def _rewrite(self, path: Path) -> None:
-        """Leave the errors out: into a new file, which then takes the place of the old one in one step."""
+    def _rewrite(self, path: Path, drop_errors: bool) -> None:
+        """Write what is to be kept into a new file, which then takes the place of the old one in one step."""
         draft = path.with_name(path.name + ".draft")
         kept = _locked(draft)
         try:
             kept.truncate(0)
-            self.answers = scan(self._stream, drop_errors=True, keep=kept).answers
-            kept.flush()
+            sink = Sink(kept, self._codec)
+            lines = whole_lines(self._stream, self._codec)
+            self.answers = scan(lines, drop_errors=drop_errors, keep=sink).answers
+            sink.flush()
             os.fsync(kept.fileno())
             draft.replace(path)
         except BaseException:
@@ -115,24 +128,31 @@ class AnswerFile:
             draft.unlink(missing_ok=True)
             raise
         self._stream.close()
-        self._stream = kept
+        self._stream, self._sink = kept, sink
 
 
 class StreamOutput:
-    """Answers go to a stream that nothing can be read back from."""
+    """Answers go to a pipe, a device or the standard output: nothing can be read back from it."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, name: str) -> None:
         self.answers = Answers()
         self.taken_up = False
-        self._stream = stream
+        self._standard = name == STANDARD
+        self._name = STANDARD_OUTPUT if self._standard else name
+        codec = codec_of(name)
+        raw = sys.stdout.buffer if self._standard else Path(name).open("wb")  # noqa: SIM115  # until it is closed
+        self._sink = Sink(raw, codec)
 
     def append(self, line: bytes) -> None:
         """Write one answer."""
-        self._stream.write(line)
-        self._stream.flush()
+        with naming(self._name):
+            self._sink.write(line)
+            self._sink.flush()
 
     def close(self) -> None:
-        """Leave the stream to its owner."""
+        """Close it; the standard output is left to its owner."""
+        with naming(self._name), nullcontext() if self._standard else self._sink.raw:
+            self._sink.end()
 
 
 def _locked(path: Path) -> BinaryIO:
@@ -147,7 +167,7 @@ def _locked(path: Path) -> BinaryIO:
 
 
 def run_batch(
-    client: Client, source: BinaryIO, output: AnswerFile | StreamOutput, options: BatchOptions, report: Report
+    client: Client, source: Source, output: AnswerFile | StreamOutput, options: BatchOptions, report: Report
 ) -> Summary:
     """Answer every line of ``source`` that ``output`` does not hold an answer to, in the order of the lines.
 
@@ -177,7 +197,7 @@ def run_batch(
         if isinstance(outcome, FleetError):
             summary.errors[type(outcome).__name__] += 1
         summary.seconds = time.monotonic() - started
-        report(summary, _position(source))
+        report(summary)
     summary.seconds = time.monotonic() - started
     return summary
 
@@ -194,14 +214,21 @@ def _items(client: Client, lines: Iterator[Line], open_lines: deque[Line], look_
         yield item
 
 
-def _position(source: BinaryIO) -> int:
-    return source.tell() if source.seekable() else 0
-
-
 @contextmanager
-def opened(path: str, *, drop_errors: bool) -> Iterator[AnswerFile | StreamOutput]:
-    """The output that a command line names; ``-`` is the standard output."""
-    output = StreamOutput(sys.stdout.buffer) if path == "-" else AnswerFile(Path(path), drop_errors=drop_errors)
+def opened(name: str, *, drop_errors: bool) -> Iterator[AnswerFile | StreamOutput]:
+    """The output that a command line names; ``-`` is the standard output.
+
+    A regular file, or one that is not there yet, can be taken up by another run; a pipe or a device cannot.
+    """
+    path = Path(name)
+    stream = name == STANDARD or (path.exists() and not path.is_file() and not path.is_dir())
+    output: AnswerFile | StreamOutput
+    if stream:
+        output = StreamOutput(
+            STANDARD if name == "/dev/stdout" else name
+        )  # which may be a socket: they cannot be opened
+    else:
+        output = AnswerFile(path, drop_errors=drop_errors)
     try:
         yield output
     finally:

@@ -1,16 +1,18 @@
-"""``muai``: the command line. Errors are lines on the standard error; status 2 is an error of use or of the broker."""
+"""``muai``: the command line. Errors are lines on the standard error; what the status says is in ``exits``."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from typing import NoReturn
+from typing import Annotated
 
 import typer
 
+from producer.batch.streams import STANDARD_OUTPUT, naming
 from producer.cli.commands import batch, dead, fleet, requests, spool
-from producer.cli.options import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
+from producer.cli.exits import Exit, exit_of, say
+from producer.doctor.machine import version_of
 from shared.errors import FleetError
 
 app = typer.Typer(
@@ -19,6 +21,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"muai {version_of('muai-fleet') or 'from a folder that is not installed'}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 for command in (
     requests.submit,
     requests.result,
@@ -39,25 +58,29 @@ def main() -> None:
     # A lost broker is reported by the command that needs it, once; the reader would say it every half second.
     logging.getLogger("producer.client.replies").setLevel(logging.ERROR)
     try:
-        app()
+        with naming(STANDARD_OUTPUT):  # whatever is about another file says so itself
+            try:
+                app()
+            finally:
+                _flush()
     except FleetError as error:
-        _fail(error.message)
-    except TimeoutError as error:
-        _fail(str(error))
-    except BrokenPipeError:
-        # Whoever read our output has gone; nothing more can be said there, not even when the interpreter flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_FAILED)
+        say(error.message)
+        sys.exit(exit_of(error))
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        if not (isinstance(error, BrokenPipeError) and error.filename == STANDARD_OUTPUT):  # whoever read it has gone
+            say(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        sys.exit(exit_of(error))
     except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(Exit.INTERRUPTED)
 
 
-def _fail(message: str) -> NoReturn:
-    for line in message.splitlines():
-        sys.stderr.write(f"muai: {line}\n")
-    sys.exit(EXIT_USAGE)
+def _flush() -> None:
+    """Write out what was printed: what cannot be written is to be said here, not when the interpreter ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the commands have in common: options, the settings that these stand for, exit statuses."""
+"""What the commands have in common: options, and the settings that these stand for."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ Config = Annotated[
     Path | None, typer.Option("--config", help="The configuration file; also MUAI_CONFIG.", show_default=False)
 ]
 Timeout = Annotated[float | None, typer.Option("--timeout", min=0.001, help="Seconds.", show_default=False)]
-
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def settings_of(config: Path | None, redis_url: str | None) -> Settings:

@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 import yaml
 
-from producer.cli.options import EXIT_FAILED, Config, RedisUrl, settings_of
+from producer.cli.exits import Exit
+from producer.cli.options import Config, RedisUrl, settings_of
 from producer.cli.show import console, finding, json_line, status_json, status_tables
 from producer.client.client import Client
 from producer.doctor.examine import examine
@@ -60,7 +61,7 @@ def doctor(
         else:
             out.print(finding(item))
     if failed:
-        raise typer.Exit(EXIT_FAILED)
+        raise typer.Exit(Exit.FAILED)
 
 
 def broker(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import nullcontext
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import orjson
 import typer
 
-from producer.cli.options import EXIT_FAILED, Config, RedisUrl, Timeout, settings_of
+from producer.cli.exits import Exit, exit_of_answer, say
+from producer.cli.inputs import input_of, read_object
+from producer.cli.options import Config, RedisUrl, Timeout, settings_of
 from producer.cli.show import result_text
 from producer.client.client import Client
 from producer.client.records import Outcome
@@ -23,9 +21,20 @@ ANSWER_GRACE = 2.0
 
 
 def submit(
+    given_input: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="INPUT",
+            help="The prompt, or the text that the kind takes; - is the input, as is nothing "
+            "where it is a pipe or a file.",
+            show_default=False,
+        ),
+    ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="The model's name.", show_default=False)] = None,
     kind: Annotated[Kind | None, typer.Option(help="By default what the input suggests.", show_default=False)] = None,
-    prompt: Annotated[str | None, typer.Option(help="The prompt of a generate request.", show_default=False)] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The prompt of a generate request; - is the input.", show_default=False)
+    ] = None,
     text: Annotated[list[str] | None, typer.Option(help="A text (of embed, classify, ...); repeatable.")] = None,
     message: Annotated[list[str] | None, typer.Option(help="role:content of a chat; repeatable.")] = None,
     query: Annotated[str | None, typer.Option(help="What to rerank the texts by.", show_default=False)] = None,
@@ -53,7 +62,10 @@ def submit(
         "conversation_id": conversation,
     }  # fmt: skip
     options = {name: value for name, value in given.items() if value not in (None, [])}
-    request = InferenceRequest.parse(complete({**_read_object(source), **options} if source else options))
+    if source is None or given_input is not None:
+        options |= input_of(given_input, options)
+    data = complete({**read_object(source), **options} if source else options)
+    request = InferenceRequest.parse(data)
     with Client(settings=settings_of(config, redis_url)) as client:
         handle = client.submit(request, timeout=timeout)
         if not wait:
@@ -63,7 +75,7 @@ def submit(
             longest = None if timeout is None else timeout + ANSWER_GRACE
             outcome = handle.outcome(longest, through_outages=client.on_outage != "raise")
         except KeyboardInterrupt:
-            sys.stderr.write(f"muai: the request goes on; its answer: muai result {handle.id}\n")
+            say(f"the request goes on; its answer: muai result {handle.id}")
             raise
         _print_outcome(outcome, raw=raw)
 
@@ -75,21 +87,10 @@ def _message(text: str) -> dict[str, str]:
     return {"role": role.strip(), "content": content.lstrip()}
 
 
-def _read_object(source: str) -> dict[str, Any]:
-    with nullcontext(sys.stdin.buffer) if source == "-" else Path(source).open("rb") as stream:
-        content = stream.read()
-    try:
-        data = orjson.loads(content)
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(f"{source} is not JSON: {error.msg} in line {error.lineno}") from None
-    if not isinstance(data, dict):
-        raise BadRequest(f"{source} does not hold a JSON object")
-    return data
-
-
 def _print_outcome(outcome: Outcome, *, raw: bool) -> None:
     if isinstance(outcome, FleetError):
-        raise outcome
+        say(outcome.message)
+        raise typer.Exit(exit_of_answer(outcome))
     rewritten = outcome.outputs.get("texts")
     if isinstance(rewritten, list) and not raw:
         for text in rewritten:
@@ -124,6 +125,6 @@ def cancel(
     """Cancel a request."""
     with Client(settings=settings_of(config, redis_url)) as client:
         if not client.cancel(request_id):
-            sys.stderr.write(f"muai: request {request_id} had ended before\n")
-            raise typer.Exit(EXIT_FAILED)
+            say(f"request {request_id} had ended before")
+            raise typer.Exit(Exit.FAILED)
     print(f"cancelled {request_id}")

@@ -98,16 +98,16 @@ def test_a_request_can_be_fetched_later(fleet):
     assert muai(fleet, "cancel", request_id.strip())[0] == 1
 
 
-def test_a_failed_request_is_one_line_and_status_two(fleet):
-    """The request's own error is what the caller sees."""
+def test_a_failed_request_is_one_line(fleet):
+    """The request's own error is what the caller sees; what is refused is told from what is not there yet."""
     bad = muai(fleet, "submit", "-m", "echo", "--prompt", "!bad")
     unknown = muai(fleet, "submit", "-m", "nope", "--prompt", "x")
     nothing = muai(fleet, "result", "never-submitted", "--timeout", "0")
 
-    assert bad == (2, "", "muai: the fake engine was told to refuse this request\n")
-    assert (unknown[0], unknown[2].count("\n")) == (2, 1)
+    assert bad == (3, "", "muai: the fake engine was told to refuse this request\n")
+    assert (unknown[0], unknown[2].count("\n")) == (3, 1)
     assert "no live worker has a model named 'nope'; there are: echo" in unknown[2]
-    assert (nothing[0], nothing[2].count("\n")) == (2, 1)
+    assert (nothing[0], nothing[2].count("\n")) == (5, 1)
 
 
 def test_a_waiting_request_can_be_cancelled(make_fleet):
@@ -118,7 +118,7 @@ def test_a_waiting_request_can_be_cancelled(make_fleet):
     cancelled = muai(fleet, "cancel", request_id)
 
     assert cancelled == (0, f"cancelled {request_id}\n", "")
-    assert muai(fleet, "result", request_id) == (2, "", "muai: The request was cancelled.\n")
+    assert muai(fleet, "result", request_id) == (1, "", "muai: The request was cancelled.\n")
 
 
 # --- the fleet --------------------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def test_without_a_worker_nothing_is_written_off(make_fleet, tmp_path):
 
     status, _, err = muai(fleet, "batch", str(source), str(target), "-m", "echo")
 
-    assert status == 2
+    assert status == 3
     assert "no worker is alive" in err
     assert target.read_bytes() == b""
 
@@ -334,7 +334,7 @@ def test_a_deadline_ends_lines_that_nobody_takes(fleet, tmp_path):
 
 
 def test_a_lost_broker_stops_the_run_and_not_the_file(tmp_path):
-    """When the broker dies the run ends with status 2; once it is back, the same command finishes the file."""
+    """When the broker dies the run ends with status 4; once it is back, the same command finishes the file."""
     config = tmp_path / "fleet.yaml"
     config.write_text(
         "optimization: {engine_preference: [fake], fake: {latency_ms: 20}}\n"
@@ -359,7 +359,7 @@ def test_a_lost_broker_stops_the_run_and_not_the_file(tmp_path):
             fleet.stop()
 
     lines = err.decode().splitlines()
-    assert process.returncode == 2
+    assert process.returncode == 4
     assert any("run the same command again to go on" in line for line in lines)
     assert "does not answer" in lines[-1]
     assert "Traceback" not in err.decode()

@@ -1,7 +1,10 @@
 """The command line where no broker is needed: its errors, the configuration, the doctor's judgement."""
 
+import errno
 import logging
+import re
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -9,8 +12,11 @@ import yaml
 
 from producer.batch.run import AnswerFile, Summary
 from producer.cli import main as cli
+from producer.cli.exits import Exit, exit_of, exit_of_answer
+from producer.cli.inputs import input_of
 from producer.doctor import broker, machine
 from producer.doctor.examine import examine
+from shared import errors
 from shared.contract import EngineName, Kind
 from shared.errors import BadRequest, ConfigurationError
 from shared.findings import Grade
@@ -46,6 +52,7 @@ NOWHERE = ("--redis-url", "redis://127.0.0.1:1/0")
     ("arguments", "message"),
     [
         (("submit", "--model", "m"), "muai: inputs: Field required"),
+        (("submit", "x", "--prompt", "y"), "muai: INPUT and --prompt, --text or --message are one thing: give one"),
         (("submit", "--prompt", "x"), "muai: model: Field required"),
         (("submit", "-m", "m", "--message", "hello"), "muai: --message 'hello': write it as role:content"),
         (("submit", "-m", "m", "--message", "dog: hi"), "muai: inputs.messages.0.role: Input should be 'system', "),
@@ -54,11 +61,7 @@ NOWHERE = ("--redis-url", "redis://127.0.0.1:1/0")
             "muai: params.max_tokens: Input should be greater",
         ),
         (("submit", "--json", "absent.json"), "muai: absent.json: No such file or directory"),
-        (("submit", "-m", "m", "--prompt", "x", *NOWHERE), "muai: cannot list the workers: the broker at redis://"),
-        (("status", *NOWHERE), "muai: cannot list the workers: the broker at redis://127.0.0.1:1/0 does not answer"),
         (("status", "--redis-url", "redis://:pa/ss@h"), "muai: fleet.redis_url: 'redis://:***@h' cannot be read"),
-        (("result", "x", *NOWHERE), "muai: cannot look up a result"),
-        (("cancel", "x", *NOWHERE), "muai: cannot cancel"),
         (("status", "--config", "absent.yaml"), "muai: absent.yaml: cannot be read: No such file or directory"),
         (("batch", "absent.jsonl", "out.jsonl"), "muai: absent.jsonl: No such file or directory"),
         (("batch", "same", "same"), "muai: IN and OUT are the same file"),
@@ -72,6 +75,105 @@ def test_errors_are_one_line(muai, arguments, message):
     assert out == ""
     assert err.startswith(message)
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("submit", "-m", "m", "--prompt", "x"), "muai: cannot list the workers: the broker at redis://"),
+        (("status",), "muai: cannot list the workers: the broker at redis://127.0.0.1:1/0 does not answer"),
+        (("result", "x"), "muai: cannot look up a result"),
+        (("cancel", "x"), "muai: cannot cancel"),
+        (("dead", "list"), "muai: cannot"),
+    ],
+)
+def test_an_outage_is_told_from_wrong_use(muai, arguments, message):
+    """A broker that does not answer is a line too, with a status of its own: the same again may do."""
+    status, out, err = muai(*arguments, *NOWHERE)
+
+    assert (status, out) == (4, "")
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (errors.EngineError(), Exit.FAILED),
+        (errors.DeadlineExceeded(), Exit.FAILED),
+        (errors.Cancelled(), Exit.FAILED),
+        (errors.BadRequest(), Exit.USAGE),
+        (errors.ConfigurationError(), Exit.USAGE),
+        (errors.MissingDependency(), Exit.USAGE),
+        (FileNotFoundError(2, "no such file", "x"), Exit.USAGE),
+        (errors.NoEngineAvailable(), Exit.REFUSED),
+        (errors.QueueFull(), Exit.REFUSED),
+        (errors.QuotaExceeded(), Exit.REFUSED),
+        (errors.UnknownModel(), Exit.REFUSED),
+        (errors.PayloadTooLarge(), Exit.REFUSED),
+        (errors.BrokerRefused(), Exit.REFUSED),
+        (errors.BrokerUnavailable(), Exit.OUTAGE),
+        (errors.BrokerFull(), Exit.OUTAGE),
+        (TimeoutError("no result yet"), Exit.NO_ANSWER),
+        (OSError(errno.ENOSPC, "full", "x"), Exit.FAILED),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_the_status_tells_what_to_do(error, status):
+    """Mend the call, mend the request, come back later, or look."""
+    assert exit_of(error) is status
+
+
+def test_what_a_worker_refuses_is_not_wrong_use():
+    """A request that was submitted is not told like one that was not."""
+    assert exit_of_answer(errors.BadRequest()) is Exit.REFUSED
+    assert exit_of_answer(errors.EngineError()) is Exit.FAILED
+
+
+def test_the_statuses_are_documented():
+    """Each has its row."""
+    page = (Path(__file__).parents[3] / "docs" / "command-line.md").read_text(encoding="utf-8")
+
+    rows = re.findall(r"^\| (\d+) \| ([a-z ]+) \|", page, re.MULTILINE)
+
+    assert {int(number): name.replace(" ", "_") for number, name in rows} == {
+        status.value: status.name.lower() for status in Exit
+    }
+
+
+def test_the_version_is_told(muai):
+    """``--version`` prints it and ends well."""
+    assert muai("--version") == (0, f"muai {metadata.version('muai-fleet')}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "inputs"),
+    [
+        ({}, {"prompt": "two\nlines"}),
+        ({"kind": Kind.CHAT}, {"messages": [{"role": "user", "content": "two\nlines"}]}),
+        ({"kind": Kind.SUMMARIZE}, {"texts": ["two\nlines"]}),
+        ({"query": "q"}, {"texts": ["two\nlines"]}),
+        ({"prompt": "x"}, {}),
+        ({"prompt": "-"}, {"prompt": "two\nlines"}),
+    ],
+)
+def test_what_is_piped_in_becomes_what_the_kind_takes(monkeypatch, tmp_path, options, inputs):
+    """Where no input is given; its last line break is left out."""
+    (tmp_path / "in").write_bytes(b"two\nlines\n")
+    with (tmp_path / "in").open() as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        given = input_of(None, options)
+
+    assert given == inputs
+
+
+def test_text_that_is_not_utf8_is_refused(monkeypatch, tmp_path):
+    """One line says where."""
+    (tmp_path / "in").write_bytes(b"ab\xff")
+    with (tmp_path / "in").open() as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        with pytest.raises(BadRequest, match="the standard input is not UTF-8 text \\(byte 2\\)"):
+            input_of("-", {})
 
 
 @pytest.mark.parametrize("arguments", [("submit", "--engine", "vlm"), ("batch",), ("nope",), ("submit", "--nope")])
