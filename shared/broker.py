@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -15,10 +16,12 @@ import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncioRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from redis.sentinel import Sentinel
 
+from shared.broker_url import BrokerUrl, read_url
 from shared.errors import BrokerFull, BrokerRefused, BrokerUnavailable, ConfigurationError
 from shared.masking import masked_url
-from shared.tls import BrokerTerms, plain_url, tls_options, unchecked
+from shared.tls import IN_URL, BrokerTerms, tls_options, unchecked
 
 INCLUDE = "--!include "
 
@@ -31,40 +34,130 @@ def connect(fleet: BrokerTerms, *, socket_timeout: float | None = None) -> redis
     Commands are not retried by the client library: whoever sends one knows whether it may be sent twice.
     Raises :class:`ConfigurationError` for a URL that cannot be read.
     """
-    limit = fleet.socket_timeout_seconds if socket_timeout is None else socket_timeout
-    client: redis.Redis = _from_url(redis.Redis, fleet, socket_timeout=limit, retry=Retry(NoBackoff(), 0))
-    pool = client.connection_pool
-    pool.connection_class = _telling(pool.connection_class)
-    return client
+    _warn_of_unchecked(fleet)
+    return redis.Redis.from_pool(pool_of(fleet, socket_timeout=socket_timeout))
 
 
 def connect_asyncio(fleet: BrokerTerms) -> redis.asyncio.Redis:
     """The same for asyncio. Who reads from its connections limits the time that it takes."""
-    client: redis.asyncio.Redis = _from_url(
-        redis.asyncio.Redis, fleet, socket_timeout=None, retry=AsyncioRetry(NoBackoff(), 0)
+    _warn_of_unchecked(fleet)
+    classes = _Classes(
+        redis.asyncio.Connection, redis.asyncio.SSLConnection, redis.asyncio.UnixDomainSocketConnection,
+        _AsyncioOfSentinels, redis.asyncio.Sentinel, lambda: AsyncioRetry(NoBackoff(), 0),
+    )  # fmt: skip
+    client: redis.asyncio.Redis = redis.asyncio.Redis.from_pool(
+        _pool(redis.asyncio.ConnectionPool, fleet, classes, None)
     )
     return client
 
 
-def _from_url(client_class: Any, fleet: BrokerTerms, **options: Any) -> Any:
+def _warn_of_unchecked(fleet: BrokerTerms) -> None:
     if unchecked(fleet):
         logger.warning("the broker's certificate is not checked (fleet.tls_verify): whoever answers is believed")
+
+
+def pool_of(fleet: BrokerTerms, *, socket_timeout: float | None = None) -> redis.ConnectionPool:
+    """The same for whoever makes a client of its own: connections to the broker, wherever it is."""
+    limit = socket_timeout if socket_timeout is not None else fleet.socket_timeout_seconds
+    classes = _Classes(
+        redis.Connection, redis.SSLConnection, redis.UnixDomainSocketConnection, _OfSentinels, Sentinel,
+        lambda: Retry(NoBackoff(), 0),
+    )  # fmt: skip
+    pool: redis.ConnectionPool = _pool(redis.ConnectionPool, fleet, classes, limit)
+    pool.connection_class = _telling(pool.connection_class)
+    return pool
+
+
+@dataclass(frozen=True, slots=True)
+class _Classes:
+    """What the client library has for one way of waiting: its kinds of connections, its sentinels and its retries."""
+
+    plain: Any
+    encrypted: Any
+    socket: Any
+    of_sentinels: Any
+    sentinel: Any
+    retry: Callable[[], Any]
+
+
+def _pool(kind: Any, fleet: BrokerTerms, classes: _Classes, socket_timeout: float | None) -> Any:
+    address = read_url(fleet.redis_url)
+    connection_class, where = _reached(address, fleet, classes)
+    parsers: Mapping[str, Callable[[str], Any]] = redis.connection.URL_QUERY_ARGUMENT_PARSERS
+    further = {name: value for name, value in address.options.items() if name not in IN_URL}
     try:
-        return client_class.from_url(
-            plain_url(fleet.redis_url),
-            socket_connect_timeout=fleet.connect_timeout_seconds,
-            socket_keepalive=True,
-            health_check_interval=0,
-            protocol=2,
-            **options,
-            **tls_options(fleet),
+        pool = kind(
+            connection_class=connection_class,
+            **{
+                **where,
+                "db": address.database,
+                "username": address.user,
+                "password": address.password,
+                "socket_connect_timeout": fleet.connect_timeout_seconds,
+                "socket_timeout": socket_timeout,
+                "health_check_interval": 0,
+                "retry": classes.retry(),
+                "protocol": 2,
+                **{name: parsers.get(name, str)(value) for name, value in further.items()},
+                **tls_options(fleet),
+            },
         )
-    except ValueError:
-        # What it says may hold a part of the password: an unescaped one is the usual reason.
+        pool.connection_class(**pool.connection_kwargs)  # refuses what it does not know; nothing is sent
+    except (TypeError, ValueError):
         raise ConfigurationError(
-            f"fleet.redis_url: {masked_url(fleet.redis_url)!r} cannot be read as a URL; allowed: "
-            "redis://[user:password@]host[:port][/database], with special characters in the password escaped"
+            f"fleet.redis_url: {masked_url(fleet.redis_url)!r} has options that the client library does not know, or "
+            f"with values that it cannot read: {', '.join(further)}"
         ) from None
+    return pool
+
+
+def _reached(address: BrokerUrl, fleet: BrokerTerms, classes: _Classes) -> tuple[Any, dict[str, Any]]:
+    """The kind of connection that leads there, and what it must be told."""
+    if address.is_socket:
+        return classes.socket, {"path": address.path}
+    if address.master:
+        sentinels = classes.sentinel(
+            address.hosts,
+            address.min_other_sentinels,
+            {
+                "username": address.sentinel_user,
+                "password": address.sentinel_password,
+                "socket_connect_timeout": fleet.connect_timeout_seconds,
+                "socket_timeout": fleet.connect_timeout_seconds,
+                "retry": classes.retry(),
+                "protocol": 2,
+            },
+        )
+        return classes.of_sentinels, {"sentinels": sentinels, "master": address.master, "socket_keepalive": True}
+    ((host, port),) = address.hosts
+    encrypted = address.scheme == "rediss"
+    return (classes.encrypted if encrypted else classes.plain), {"host": host, "port": port, "socket_keepalive": True}
+
+
+class _OfSentinels(redis.Connection):  # type: ignore[misc]
+    """Asks the sentinels who the master is, each time it connects."""
+
+    def __init__(self, *, sentinels: Sentinel, master: str, **options: Any) -> None:
+        super().__init__(**options)
+        self._sentinels = sentinels
+        self._master = master
+
+    def _connect(self) -> Any:
+        self.host, self.port = self._sentinels.discover_master(self._master)
+        return super()._connect()
+
+
+class _AsyncioOfSentinels(redis.asyncio.Connection):  # type: ignore[misc]
+    """The same for asyncio."""
+
+    def __init__(self, *, sentinels: Any, master: str, **options: Any) -> None:
+        super().__init__(**options)
+        self._sentinels = sentinels
+        self._master = master
+
+    async def _connect(self) -> None:
+        self.host, self.port = await self._sentinels.discover_master(self._master)
+        await super()._connect()
 
 
 def hasten(client: redis.Redis, seconds: float) -> None:
@@ -94,7 +187,7 @@ class _Telling:
 
 
 @cache
-def _telling(connection_class: type) -> type:
+def _telling(connection_class: Any) -> Any:
     return type(connection_class.__name__, (_Telling, connection_class), {})
 
 

@@ -36,6 +36,22 @@ CELERYS: Final = frozenset(
 )  # fmt: skip
 
 
+def further_headers(headers: Mapping[str, object]) -> dict[str, str]:
+    """Those of a message's headers that are neither Celery's nor ours: what follows a request takes them over.
+
+    What our client would refuse to send is left out; other senders may write names in capitals.
+    """
+    found: dict[str, str] = {}
+    size = 0
+    for name, value in headers.items():
+        if name in CELERYS or not isinstance(value, str) or name.startswith(OURS):
+            continue
+        size += len(name) + len(value)
+        if _NAME.fullmatch(name.lower()) and _VALUE.fullmatch(value) and size <= MAX_FURTHER_BYTES:
+            found[name] = value
+    return found
+
+
 def check_headers(headers: Mapping[str, str]) -> None:
     """Raise :class:`BadRequest` for further headers that a message cannot have.
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from shared import broker_url
 from shared.contract import EngineName, Kind
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -417,7 +418,7 @@ class FleetSettings(Section):
     """The broker and the delivery rules."""
 
     redis_url: str = Field(
-        "redis://127.0.0.1:6379/0", pattern="^(redis|rediss|unix)://", description="The broker. REDIS_URL is read too."
+        "redis://127.0.0.1:6379/0", pattern=broker_url.PATTERN, description="The broker. REDIS_URL is read too."
     )
     tls_ca_file: str | None = Field(
         None, description="Authorities that may have signed a rediss:// broker's certificate; null is the system's."

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
 
+from shared import broker_url
 from shared.settings import Settings
 
 KeyPath = tuple[str, ...]
@@ -30,7 +31,7 @@ FALLBACK_VARIABLES: Final[Mapping[str, KeyPath]] = {"REDIS_URL": ("fleet", "redi
 """Variables of the surroundings that count where ours is not set."""
 
 _PATTERNS: Final = {
-    "^(redis|rediss|unix)://": "a URL that begins with redis://, rediss:// or unix://",
+    broker_url.PATTERN: "a URL that begins with redis://, rediss://, unix://, redis+socket:// or sentinel://",
     "^https?://": "a URL that begins with http:// or https://",
     "^/": "a path that begins with /",
     r"^(auto|cpu|cuda(:\d+)?)$": "auto, cpu, cuda or cuda:N",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from typing import Any, Final, Protocol
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl
 
 _NOT_CHECKED: Final = frozenset({"none", "cert_none", "optional", "cert_optional", "false", "no", "0"})
-_IN_URL: Final = frozenset({"ssl_cert_reqs", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname"})
+IN_URL: Final = frozenset({"ssl_cert_reqs", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname"})
+"""What a URL may say about certificates."""
 
 
 class BrokerTerms(Protocol):
@@ -41,13 +42,6 @@ class BrokerTerms(Protocol):
         """Whether the broker's certificate is checked."""
 
 
-def plain_url(url: str) -> str:
-    """The URL without what it says about certificates."""
-    start, mark, query = url.partition("?")
-    kept = urlencode([(name, value) for name, value in parse_qsl(query) if name not in _IN_URL])
-    return f"{start}?{kept}" if mark and kept else start
-
-
 def tls_options(fleet: BrokerTerms) -> dict[str, Any]:
     """Arguments of the client library's TLS connection; empty where the URL is not ``rediss://``.
 
@@ -56,7 +50,7 @@ def tls_options(fleet: BrokerTerms) -> dict[str, Any]:
     """
     if not fleet.redis_url.startswith("rediss://"):
         return {}
-    said = {name: value for name, value in parse_qsl(fleet.redis_url.partition("?")[2]) if name in _IN_URL}
+    said = {name: value for name, value in parse_qsl(fleet.redis_url.partition("?")[2]) if name in IN_URL}
     checked = said.get("ssl_cert_reqs", "required").lower() not in _NOT_CHECKED and fleet.tls_verify
     options: dict[str, Any] = {
         "ssl_cert_reqs": "required" if checked else "none",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-import click
 from celery import Celery, Task
 from kombu import Queue
 from kombu.transport import TRANSPORT_ALIASES
@@ -14,19 +13,13 @@ from shared import keys
 from shared.contract import TASK_NAME, EngineName
 from shared.errors import FleetError
 from shared.settings import Settings
-from shared.tls import plain_url, tls_options
 from workers.control import watch
 from workers.fleet import Fleet
+from workers.hooks import flower, remote, usage
 from workers.hooks.bootsteps import EngineStep, IntakeStep
 from workers.hooks.transport import TransportParts
 
-EVENT_TIMEOUT_SECONDS = 2.0
-"""Longest wait of the worker's loop for what Celery sends: events and replies of remote control. Not for requests."""
-
-USAGE = 2
-"""Status of a command whose configuration is wrong: that of ``celery`` and of ``muai`` for wrong use."""
-
-TRANSPORT = "muai-redis"
+TRANSPORT = BACKEND = "muai-redis"
 TRANSPORT_ALIASES[TRANSPORT] = "workers.hooks.transport:Transport"
 
 
@@ -47,6 +40,9 @@ class FleetApp(Celery):
     """A Celery app with the fleet it serves."""
 
     fleet: Fleet
+    hostname: str | None = None
+    """The name of this process's worker, as remote control knows it."""
+
     events_cls = "workers.hooks.events:FleetEvents"
 
     @cached_property
@@ -55,40 +51,22 @@ class FleetApp(Celery):
         return self.subclass_with_self("workers.worker:FleetWorker", "Worker", reverse="Worker")
 
 
-def transport_options(fleet: Fleet) -> dict[str, Any]:
-    """What the transport needs of the worker, and time limits on its connections."""
-    settings = fleet.settings.fleet
-    return {
-        "services": TransportParts(fleet.delivery, fleet.settler, fleet.intakes, fleet.signer, fleet.limits),
-        "socket_timeout": min(settings.socket_timeout_seconds, EVENT_TIMEOUT_SECONDS),
-        "socket_connect_timeout": settings.connect_timeout_seconds,
-        "socket_keepalive": True,
-        "health_check_interval": 5,
-    }
-
-
 def create_app(settings: Settings) -> FleetApp:
     """Build the app for these settings. Nothing connects yet."""
-    url, tls = plain_url(settings.fleet.redis_url), tls_options(settings.fleet) or None
     app = FleetApp("muai", set_as_current=False)
     app.fleet = fleet = Fleet(settings, app)
-    app.loader.override_backends = dict.fromkeys(("redis", "rediss"), "workers.hooks.backend:ChordBackend")
+    app.loader.override_backends = dict.fromkeys((BACKEND, "redis", "rediss"), "workers.hooks.backend:ChordBackend")
+    parts = TransportParts(settings.fleet, fleet.delivery, fleet.settler, fleet.intakes, fleet.signer, fleet.limits)
     app.conf.update(
-        broker_url=url,
-        broker_use_ssl=tls,
+        broker_url=f"{TRANSPORT}://",
         broker_transport=TRANSPORT,
-        broker_transport_options=transport_options(fleet),
+        broker_transport_options={"services": parts},
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_channel_error_retry=True,  # a full broker refuses commands: wait for room rather than exit
-        result_backend=url,
-        redis_backend_use_ssl=tls,
+        result_backend=f"{BACKEND}://",
         result_backend_transport_options={"retry_policy": {"max_retries": 1}},  # the loop waits for it
         result_expires=settings.fleet.result_expires_seconds,
-        redis_socket_timeout=settings.fleet.socket_timeout_seconds,
-        redis_socket_connect_timeout=settings.fleet.connect_timeout_seconds,
-        redis_socket_keepalive=True,
-        redis_retry_on_timeout=False,
         accept_content=["json"],
         result_accept_content=["json"],
         task_serializer="json",
@@ -115,6 +93,8 @@ def create_app(settings: Settings) -> FleetApp:
     )
     app.register_task(Infer())
     watch.register(app, fleet.client, fleet.registry)
+    remote.register()
+    flower.teach(fleet.client)
     app.steps["worker"].add(EngineStep)
     app.steps["consumer"].add(IntakeStep)
     return app
@@ -128,12 +108,7 @@ def __getattr__(name: str) -> FleetApp:
         try:
             app = create_app(load_settings())
         except FleetError as error:
-            if click.get_current_context(silent=True) is None:
-                raise
-            # Celery's command would show how it came to ask.
-            for line in error.message.splitlines():
-                click.echo(f"Error: {line}", err=True)
-            raise SystemExit(USAGE) from None
+            usage.end_with(error)
         globals()["app"] = app
         return app
     raise AttributeError(name)

@@ -21,6 +21,7 @@ from celery.worker import state
 
 from shared.errors import ConfigurationError
 from workers.fleet import Fleet
+from workers.hooks.usage import check_options
 from workers.process.queues import check_names
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,16 @@ class FleetWorker(Worker):
         """The fleet of this worker's app."""
         fleet: Fleet = self.app.fleet
         return fleet
+
+    def on_before_init(self, **options: Any) -> None:
+        """Refuse options whose effect would be another, and warn of those that have none."""
+        try:
+            warnings = check_options(options)
+        except ConfigurationError as error:
+            raise WrongUsage(error.message) from None
+        super().on_before_init(**options)
+        for warning in warnings:
+            click.echo(f"Warning: {warning}", err=True)
 
     def setup_queues(self, include: Any, exclude: Any = None) -> None:
         """Choose the queues of the command line; one that does not exist ends the worker with a line that says so."""

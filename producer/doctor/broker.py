@@ -6,13 +6,13 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 import redis
 
 from shared import keys
 from shared.broker import connect
 from shared.broker_checks import check_eviction, check_persistence, check_version
+from shared.broker_url import read_url
 from shared.errors import FleetError
 from shared.findings import Finding, Grade
 from shared.gpus import GpuBoard, read_gpus
@@ -67,8 +67,8 @@ def _remedy(reason: str) -> str:
 def check_tls(settings: Settings) -> Iterator[Finding]:
     """Whether what travels to the broker is encrypted, and to whom."""
     fleet = settings.fleet
-    parts = urlsplit(fleet.redis_url)
-    if parts.scheme == "rediss":
+    address = read_url(fleet.redis_url)
+    if address.scheme == "rediss":
         if unchecked(fleet):
             yield Finding(
                 Grade.WARN, "tls", "encrypted, but the broker's certificate is not checked",
@@ -76,7 +76,7 @@ def check_tls(settings: Settings) -> Iterator[Finding]:
             )  # fmt: skip
         else:
             yield Finding(Grade.OK, "tls", "encrypted, the broker's certificate is checked")
-    elif parts.scheme == "redis" and parts.hostname not in ("localhost", "127.0.0.1", "::1", None):
+    elif not address.is_local:
         yield Finding(
             Grade.WARN, "tls", "requests and answers travel in the clear", "use rediss://; see docs/security.md"
         )

@@ -20,8 +20,11 @@ from celery.exceptions import ChordError, TaskRevokedError
 from celery.result import GroupResult
 
 from shared import keys, wire
-from shared.broker import lua
+from shared.broker import lua, pool_of
+from shared.headers import further_headers
+from shared.masking import masked_url
 from workers.broker.errors import BROKER_ERRORS, refused
+from workers.ends.following import following
 
 CLAIM, CLAIM_SECONDS, DONE_SECONDS = "muai", 10, 300
 """The name under which this fleet's workers call a chord's body, one for all of them, since each may go on with what
@@ -31,7 +34,20 @@ _CHORD_KEYS = (".j", ".t", ".s", ".d", "", ".c")
 
 
 class ChordBackend(RedisBackend):
-    """The backend of a worker whose loop ends requests."""
+    """The backend of a worker whose loop ends requests.
+
+    Where the broker is, the fleet says, as for the transport: the URL that Celery is told is not looked at.
+    """
+
+    def _params_from_url(self, url: str, defaults: dict[str, Any]) -> dict[str, Any]:
+        return dict(defaults)
+
+    def _get_pool(self, **params: Any) -> Any:
+        return pool_of(self.app.fleet.settings.fleet)
+
+    def as_uri(self, include_password: bool = False) -> str:
+        """The broker's URL as it is shown."""
+        return masked_url(self.app.fleet.settings.fleet.redis_url)
 
     def on_chord_part_return(
         self, request: Context, state: str, result: Any, propagate: bool | None = None, **kwargs: Any
@@ -56,7 +72,7 @@ class ChordBackend(RedisBackend):
         )  # fmt: skip
         if not expected or ready != int(expected) + int(added or 0):
             return
-        body = signature(request.chord, app=self.app)
+        body = signature(following(request.chord, further_headers(request.headers or {})), app=self.app)
         try:
             body.delay(self._answers(group_id))
         except BROKER_ERRORS as error:

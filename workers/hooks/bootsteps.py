@@ -11,9 +11,10 @@ from celery.app.task import Task
 from celery.exceptions import WorkerShutdown
 
 from shared.contract import TASK_NAME, EngineName
-from shared.errors import BadRequest, ConfigurationError, FleetError
+from shared.errors import BadRequest, FleetError, UndecodableMessage
 from workers.fleet import Fleet
 from workers.hooks import internals
+from workers.hooks.consumer import PROTOCOL_1
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +38,6 @@ class EngineStep(bootsteps.StartStopStep):
         if (warning := internals.unchecked(internals.Recorded.read(internals.KEPT))) is not None:
             logger.warning("%s", warning)
         try:
-            if not worker.use_eventloop:
-                raise ConfigurationError(
-                    f"the {worker.pool_cls.__module__} pool has no event loop; leave -P out: engines run on threads of "
-                    "their own, and the solo pool is what the rest needs"
-                )
             task = worker.app.tasks[TASK_NAME]
             task.time_limit = task.time_limit or worker.time_limit
             task.soft_time_limit = task.soft_time_limit or worker.soft_time_limit
@@ -58,6 +54,7 @@ class IntakeStep(bootsteps.StartStopStep):
 
     def start(self, consumer: Any) -> None:
         """A connection is there: report through it."""
+        consumer.app.hostname = consumer.hostname
         fleet_of(consumer.app).events.attach(consumer)
 
     def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
@@ -88,6 +85,9 @@ def strategy(task: Task, app: Any, consumer: Any, **kwargs: Any) -> Any:  # noqa
     """Celery's hook for what happens to a received message. Those of an engine's queue go to its intake before."""
 
     def receive(message: Any, *_: Any, **__: Any) -> None:
+        if "task" not in message.headers:
+            consumer.refuse(message, UndecodableMessage(PROTOCOL_1))
+            return
         consumer.refuse(
             message, BadRequest(f"{TASK_NAME} runs on the queues of the engines only: {', '.join(EngineName)}")
         )

@@ -23,6 +23,11 @@ logger = logging.getLogger(__name__)
 RECONNECT_SECONDS = 2.0
 """Longest pause between two tries to connect: Celery's own grows to 30 s while a broker is away."""
 
+PROTOCOL_1 = (
+    "the message is of Celery's task protocol 1, which has the task's name in its body; send protocol 2 "
+    "(task_protocol = 2, Celery's own default)"
+)
+
 BRIEF_SECONDS = 1.0
 """A connection that lasts no longer than this is not worth another at once."""
 
@@ -46,6 +51,9 @@ class FleetConsumer(Consumer):
 
     def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
         """A task that this worker does not have: its sender is told, and it is kept among the dead letters."""
+        if "task" not in message.headers:
+            self.refuse(message, UndecodableMessage(PROTOCOL_1))
+            return
         name = repr(message.headers.get("task"))[:LONGEST_NAMES]
         self.refuse(message, BadRequest(f"there is no task {name} here; there is {TASK_NAME}"))
 

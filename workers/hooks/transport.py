@@ -20,11 +20,15 @@ from typing import Any, ClassVar, Protocol
 from kombu.transport import redis as kombu_redis
 from redis.exceptions import OutOfMemoryError, ReadOnlyError
 
-from shared import wire
+from shared import keys, wire
+from shared.broker import lua, pool_of
 from shared.contract import TASK_NAME
 from shared.errors import BadRequest
 from shared.limits import LimitsInForce
+from shared.masking import masked_url
+from shared.queues import waiting
 from shared.signing import Signer
+from shared.tls import BrokerTerms
 from workers.broker.delivery import Claim, LeasedMessage, RedisDelivery, Settlement
 from workers.broker.pipelined import PATIENCE_SECONDS, PipelinedScripts
 from workers.broker.waiting import Waiting
@@ -35,6 +39,12 @@ from workers.requests.inflight import InFlight
 logger = logging.getLogger(__name__)
 
 PREFETCH_UNLIMITED = 64
+
+EVENT_TIMEOUT_SECONDS = 2.0
+"""Longest wait of the worker's loop for what Celery sends: events and replies of remote control. Not for requests."""
+
+HEALTH_CHECK_SECONDS = 5
+"""A connection of Celery's that was idle for longer is tried before it is used."""
 
 STALE_SHARE = 1 / 3
 """Share of a lease after which a claim's answer is too old, because the broker or this process stood still."""
@@ -61,6 +71,7 @@ class TransportParts(dict[str, Any]):
 
     def __init__(
         self,
+        broker: BrokerTerms,
         delivery: RedisDelivery,
         settler: Settler,
         sinks: Mapping[str, MessageSink],
@@ -68,12 +79,17 @@ class TransportParts(dict[str, Any]):
         limits: LimitsInForce,
     ) -> None:
         super().__init__()
+        self.broker = broker
         self.delivery = delivery
         self.leases = settler.leases
         self.settler = settler
         self.sinks = sinks
         self.signer = signer
         self.limits = limits
+
+    def __repr__(self) -> str:
+        """Different for each fleet: kombu shares connections whose options look alike."""
+        return object.__repr__(self)
 
 
 class LeaseQoS(kombu_redis.virtual.QoS):
@@ -144,6 +160,16 @@ class Channel(kombu_redis.Channel):
         self._own_scripts = self.delivery.pipeline()
         self.leases = self.services.leases
         self.intakes = self.services.sinks
+
+    def _get_pool(self, asynchronous: bool = False) -> Any:
+        """Connections to the fleet's broker, like everybody's here, but in less of a hurry to be believed."""
+        terms = self.services.broker
+        pool = pool_of(terms, socket_timeout=min(terms.socket_timeout_seconds, EVENT_TIMEOUT_SECONDS))
+        pool.connection_kwargs["health_check_interval"] = HEALTH_CHECK_SECONDS
+        self.keyprefix_fanout = kombu_redis.Channel.keyprefix_fanout.format(db=pool.connection_kwargs["db"])
+        if asynchronous:
+            pool.connection_class = _watched(pool.connection_class, self)
+        return pool
 
     # -- claiming ---------------------------------------------------------------------------------------------------
 
@@ -228,6 +254,18 @@ class Channel(kombu_redis.Channel):
             # To take requests no binding is needed, and what waits must be worked on to make room. A sender binds the
             # queue that it sends to, and the bindings of remote control are refreshed.
             logger.warning("a queue is not bound yet: %s", error)
+
+    # -- what Celery's commands ask of a queue ----------------------------------------------------------------------
+
+    def _size(self, queue: str) -> int:
+        """How many messages wait, those in tenants' lanes among them."""
+        with self.conn_or_acquire() as client:
+            return waiting(client, [queue])[queue]
+
+    def _purge(self, queue: str) -> int:
+        """Empty a queue, its tenants' lanes too."""
+        with self.conn_or_acquire() as client:
+            return int(client.register_script(lua("workers.broker", "purge"))(keys=keys.lists_of(queue)))
 
     def basic_consume(self, queue: str, no_ack: bool, *args: Any, **kwargs: Any) -> Any:
         """Consume; what a consumer does not acknowledge (replies of remote control) is done with when it is taken."""
@@ -317,6 +355,18 @@ class Channel(kombu_redis.Channel):
         super().close()
 
 
+def _watched(connection_class: Any, channel: Channel) -> type:
+    """Connections that tell the poller when they are closed, as kombu's do."""
+
+    class Watched(connection_class):
+        def disconnect(self, *args: Any, **kwargs: Any) -> None:
+            super().disconnect(*args, **kwargs)
+            if channel._registered:
+                channel._on_connection_disconnect(self)
+
+    return Watched
+
+
 class Poller(kombu_redis.MultiChannelPoller):
     """Lets the channels claim, and watches the connections that are not watched by the worker's loop itself."""
 
@@ -401,14 +451,24 @@ class Poller(kombu_redis.MultiChannelPoller):
 
 
 class Transport(kombu_redis.Transport):
-    """Kombu's Redis transport with claims and leases."""
+    """Kombu's Redis transport with claims and leases.
+
+    Where the broker is, the transport options say: what Celery is told of it is not looked at. So it may be anywhere
+    that the fleet's other connections lead to.
+    """
 
     Channel = Channel
+    can_parse_url = True
     _ticks: ClassVar[set[Any]] = set()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cycle = Poller()
+
+    def as_uri(self, uri: str, include_password: bool = False, mask: str = "**") -> str:
+        """The broker's URL as it is shown: never with the password, which none of those who ask for it needs."""
+        parts = self.client.transport_options.get("services")  # none where Celery looks at the URL by itself
+        return masked_url(uri if parts is None else parts.broker.redis_url)
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         """Kombu leaves its callback in the loop when a connection is gone, and with it all that the connection was.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -263,11 +264,11 @@ class InFlight:
             "args": [],
             "kwargs": {},
             "type": TASK_NAME,
-            "hostname": None,
+            "hostname": getattr(self.task.app, "hostname", None) if self.task is not None else None,
             "time_start": self.started or None,
             "acknowledged": False,
             "delivery_info": {"exchange": "", "routing_key": self.queue, "priority": self.priority},
-            "worker_pid": None,
+            "worker_pid": os.getpid() if self.started else None,
         }
 
 

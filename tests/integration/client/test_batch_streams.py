@@ -165,7 +165,7 @@ def test_a_worker_with_a_wrong_configuration_says_one_line(fleet):
             timeout=TIMEOUT, check=False,
         )  # fmt: skip
 
-        assert process.returncode == 2
+        assert process.returncode == 64
         assert process.stdout == b""
         assert process.stderr.decode().startswith("Error: MUAI_OPT_BATCHER_MAX_SIZ: no such variable")
         assert process.stderr.count(b"\n") == 1
