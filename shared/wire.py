@@ -17,6 +17,7 @@ import os
 import socket
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -229,6 +230,14 @@ def decode_envelope(payload: bytes, max_bytes: int | None = None) -> dict[str, A
             headers[name] = nothing
     envelope["body"], properties["body_encoding"] = body, None
     return envelope
+
+
+def not_json(text: str) -> str:
+    """What Python's encoder writes into ``text`` that JSON does not have; empty where it is something else."""
+    found: list[str] = []
+    with suppress(ValueError, RecursionError):
+        json.loads(text, parse_constant=found.append)
+    return f"holds {found[0]}, which JSON does not have" if found else ""
 
 
 def usable_id(value: object) -> str:

@@ -18,8 +18,10 @@ from celery.result import AsyncResult
 from kombu.utils import json
 
 from shared.errors import UndecodableMessage, WrongSignature
+from shared.headers import further_headers
 from shared.signing import Signer
 from workers.broker.errors import BROKER_ERRORS, refused
+from workers.ends.following import following
 from workers.observe.celery_events import request_context
 from workers.requests.ending import FINAL, End, Ending
 from workers.requests.inflight import CANVAS, InFlight, carries_canvas
@@ -50,13 +52,15 @@ class Canvas:
 
     def _go_on(self, item: InFlight, embed: dict[str, Any], result: Mapping[str, Any] | None) -> list[Any]:
         options = {"parent_id": item.id, "root_id": item.headers.get("root_id"), "priority": item.priority}
+        further = further_headers(item.headers)
         children: list[AsyncResult[Any]] = [
-            self._signature(callback).apply_async((result,), **options)
+            self._signature(following(callback, further)).apply_async((result,), **options)
             for callback in _named(embed.get("callbacks"), item.id)
         ]
         rest = list(embed.get("chain") or ())
         if rest:
-            children.append(self._signature(rest.pop()).apply_async((result,), chain=rest, **options))
+            step = self._signature(following(rest.pop(), further))
+            children.append(step.apply_async((result,), chain=rest, **options))
         if embed.get("chord"):
             self._app.backend.on_chord_part_return(request_context(item, embed), "SUCCESS", result)
         return [child.as_tuple() for child in children]
@@ -73,7 +77,9 @@ class Canvas:
         if embed.get("chord"):
             told.append(partial(backend.on_chord_part_return, context, state, error))
         if embed.get("errbacks") and not revoked:
-            context.errbacks = _named(embed["errbacks"], f"{ending.item.id}/error")
+            further = further_headers(ending.item.headers)
+            errbacks = _named(embed["errbacks"], f"{ending.item.id}/error")
+            context.errbacks = [following(errback, further) for errback in errbacks]
             told.append(partial(backend._call_task_errbacks, context, error, None))
         problems: list[Exception] = []
         for tell in told:  # what is wrong with one of them is not to keep another waiting

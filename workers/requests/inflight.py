@@ -166,7 +166,8 @@ class InFlight:
         try:
             args, kwargs, embed = wire.loads(self.body)
         except (orjson.JSONDecodeError, TypeError, ValueError):
-            raise UndecodableMessage("the message's body is not a JSON list of args, kwargs and embed") from None
+            what = wire.not_json(self.body) or "is not a JSON list of args, kwargs and embed"
+            raise UndecodableMessage(f"the message's body {what}") from None
         if not isinstance(args, list) or not isinstance(kwargs, dict):
             raise UndecodableMessage("the message's args and kwargs are not a list and an object")
         return args, kwargs, _canvas(embed)

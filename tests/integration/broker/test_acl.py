@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import redis
 import yaml
+from celery import chain, chord, group
+from celery.result import GroupResult
 
 from producer import Client
 from shared.embedded import EmbeddedBroker
@@ -105,6 +107,37 @@ def test_every_role_can_do_its_work(guarded: EmbeddedBroker, fleet: FleetUnderTe
         done.set()
         watcher.join()
         fleet.stop()
+
+    assert [(entry["username"], entry["object"]) for entry in admin.acl_log()] == []
+
+
+def test_a_producer_can_use_all_of_celerys_canvases(guarded: EmbeddedBroker, fleet: FleetUnderTest) -> None:
+    """Chords, with groups in them too, groups that are saved and found again, and results that are forgotten.
+
+    The broker's own log says whether anything at all was refused on the way.
+    """
+    admin = redis.Redis(port=guarded.port)
+    admin.acl_log_reset()
+    fleet.start_worker()
+    app = bare_app(url(guarded, "producer"))
+    call = app.signature("muai.infer", kwargs={"request": ECHO}, queue="fake")
+    body = app.signature("muai.infer", kwargs={"request": {"model": "echo"}}, queue="fake")
+
+    assert chord([call, call], body).apply_async().get(timeout=20)["outputs"]["text"] == "hello\nhello"
+    nested = chord([group([call, call]), call], body.clone()).apply_async()
+    assert nested.get(timeout=20)["outputs"]["text"]
+    assert chain(call, body).apply_async().get(timeout=20)["outputs"]["text"] == "hello"
+    saved = group([call, call]).apply_async()
+    saved.save()
+    found = GroupResult.restore(saved.id, app=app)
+    assert [one["outputs"]["text"] for one in found.get(timeout=20)] == ["olleh", "olleh"]
+    found.forget()
+    found.delete()
+    assert GroupResult.restore(saved.id, app=app) is None
+    answer = call.apply_async()
+    answer.get(timeout=20)
+    answer.forget()
+    assert app.AsyncResult(answer.id).state == "PENDING"
 
     assert [(entry["username"], entry["object"]) for entry in admin.acl_log()] == []
 

@@ -6,8 +6,11 @@ import json
 import subprocess
 import sys
 from contextvars import ContextVar
+from pathlib import Path
 
 import pytest
+from celery import chord, group
+from celery.canvas import Signature
 
 from producer import Client
 from shared import keys, wire
@@ -15,7 +18,8 @@ from shared.contract import InferenceRequest
 from shared.embedded import EmbeddedBroker
 from shared.errors import BadRequest
 from tests.integration.observe.header_notes import NOTES
-from tests.support.fleet import ROOT
+from tests.support.fleet import ROOT, FleetUnderTest
+from tests.support.requests import bare_app
 from tests.support.waiting import eventually
 
 ECHO = {"model": "echo", "inputs": {"prompt": "abc"}}
@@ -30,6 +34,18 @@ def headers_of(request: InferenceRequest) -> dict[str, str]:
 def waiting(client, queue: str) -> list[dict[str, object]]:
     """The headers of the messages on a queue."""
     return [wire.decode_envelope(payload)["headers"] for payload in client.lrange(keys.list_of(queue, 3), 0, -1)]
+
+
+def start_noting(fleet: FleetUnderTest, notes: Path) -> subprocess.Popen[bytes]:
+    """A worker with a receiver of Celery's signals that notes the headers of what runs."""
+    with (fleet.folder / "log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "celery", "-A", "workers", "worker", "-Q", "fake",
+             "--include", "tests.integration.observe.header_notes"],
+            cwd=ROOT, env={**fleet.environ, NOTES: str(notes)}, stdout=log, stderr=log,
+        )  # fmt: skip
+    fleet.processes.append(process)
+    return process
 
 
 def test_headers_come_from_the_callers_context(make_fleet, redis_client) -> None:
@@ -85,23 +101,12 @@ def test_headers_survive_a_hop_and_a_killed_worker(tmp_path, make_fleet) -> None
     notes = tmp_path / "notes"
     TRACE.set("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")
 
-    def start() -> subprocess.Popen[bytes]:
-        with (tmp_path / "log").open("ab") as log:
-            fleet.processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "celery", "-A", "workers", "worker", "-Q", "fake",
-                     "--include", "tests.integration.observe.header_notes"],
-                    cwd=ROOT, env={**fleet.environ, NOTES: str(notes)}, stdout=log, stderr=log,
-                )
-            )  # fmt: skip
-        return fleet.processes[-1]
-
     with Client(settings=fleet.settings, headers=headers_of) as client:
         handle = client.submit(ECHO, timeout=120)
-        doomed = start()
+        doomed = start_noting(fleet, notes)
         eventually(notes.exists, 60, "the first run")
         doomed.kill()
-        start()
+        start_noting(fleet, notes)
 
         assert handle.result(60).text == "cba"
 
@@ -110,3 +115,36 @@ def test_headers_survive_a_hop_and_a_killed_worker(tmp_path, make_fleet) -> None
     assert first["headers"]["traceparent"] == second["headers"]["traceparent"] == TRACE.get()
     assert second["headers"]["muai"]["deliveries"] == 1
     assert len(second["headers"]["muai"]["hops"]) == 1
+
+
+def test_headers_go_on_to_what_follows(tmp_path, make_fleet) -> None:
+    """To every later step of a chain, to the body of a chord, to links and to links of errors, groups and all."""
+    fleet = make_fleet()
+    notes = tmp_path / "notes"
+    app = bare_app(fleet.url)
+    trace = {"traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "x-tenant": "acme"}
+
+    def call(name: str, **request: object) -> Signature:
+        return app.signature("muai.infer", kwargs={"request": {"model": "echo", **request}}, queue="fake", task_id=name)
+
+    first = {"inputs": {"prompt": "abc"}}
+    start_noting(fleet, notes)
+
+    linked = call("first", **first)
+    linked.link(call("linked"))
+    (linked | call("second") | group([call("third"), call("own").set(headers={"x-tenant": "own"})])).apply_async(
+        headers=trace
+    )
+    chord([call("member", **first).set(headers=trace)], call("body")).apply_async()
+    broken = call("broken", inputs={"prompt": "!bad"})
+    broken.apply_async(headers=trace, link_error=call("afterwards", **first))
+
+    names = {"first", "linked", "second", "third", "own", "member", "body", "afterwards"}
+
+    def noted() -> dict[str, dict[str, str]]:
+        lines = notes.read_text().splitlines() if notes.exists() else []
+        return {found["id"]: found["headers"] for found in map(json.loads, lines)}
+
+    eventually(lambda: names <= noted().keys(), 60, "all steps")
+    assert {name: noted()[name].get("traceparent") for name in names} == dict.fromkeys(names, trace["traceparent"])
+    assert {name: noted()[name].get("x-tenant") for name in names} == {**dict.fromkeys(names, "acme"), "own": "own"}

@@ -196,3 +196,36 @@ def test_a_canvas_that_is_none_fails_its_own_request_only(fleet, redis_client, e
     assert fleet.client.submit(ECHO).result(10).text == "olleh"
     assert fleet.processes[0].poll() is None
     assert fleet.client.queue_lengths()["leased"] == 0
+
+
+@pytest.mark.parametrize(
+    ("protocol", "request_", "says"),
+    [
+        (1, ECHO, "the message is of Celery's task protocol 1, .* send protocol 2"),
+        (
+            2,
+            {**ECHO, "params": {"temperature": float("nan")}},
+            "body holds NaN, which JSON does not have",
+        ),
+        (2, {**ECHO, "params": {"temperature": float("-inf")}}, "holds -Infinity, which JSON does not have"),
+    ],
+)
+def test_what_is_wrong_with_a_message_is_what_is_said(fleet: FleetUnderTest, protocol, request_, says) -> None:
+    """The sender is told, at once and in words that help."""
+    app = bare_app(fleet.url)
+    app.conf.task_protocol = protocol
+
+    answer = app.send_task("muai.infer", kwargs={"request": request_}, queue="fake")
+
+    with pytest.raises(Exception, match=says) as error:
+        answer.get(timeout=10)
+    assert type(error.value).__name__ == "UndecodableMessage"
+
+
+def test_any_task_of_protocol_1_is_told_what_is_wrong(fleet: FleetUnderTest) -> None:
+    """Not that it has no name."""
+    app = bare_app(fleet.url)
+    app.conf.task_protocol = 1
+
+    with pytest.raises(Exception, match="task protocol 1"):
+        app.send_task("somebody.elses", queue="fake").get(timeout=10)
