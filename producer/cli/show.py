@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import orjson
@@ -18,6 +19,7 @@ from producer.client.spool_file import Spooled
 from shared.contract import InferenceResult
 from shared.findings import Finding, Grade
 from shared.registry import EngineInfo, WorkerInfo
+from shared.strays import Stray
 from shared.weights import differences
 
 PLAIN_WIDTH = 200
@@ -43,20 +45,23 @@ def result_text(result: InferenceResult, *, raw: bool) -> str:
     return text if isinstance(text, str) else json_line(result.outputs)
 
 
-def status_json(workers: Iterable[WorkerInfo], lengths: Mapping[str, int]) -> str:
-    """Workers, queues and dead letters."""
+def status_json(workers: Iterable[WorkerInfo], lengths: Mapping[str, int], strays: Sequence[Stray] | None = ()) -> str:
+    """Workers, queues, lists that nobody reads (``null`` where that is not known) and dead letters."""
     queues = {name: count for name, count in lengths.items() if name not in ("leased", "dead")}
     return json_line(
         {
             "workers": [worker.model_dump(mode="json") for worker in workers],
             "queues": queues,
+            "strays": None if strays is None else [asdict(stray) for stray in strays],
             "leased": lengths.get("leased", 0),
             "dead_letters": lengths.get("dead", 0),
         }
     )
 
 
-def status_tables(workers: list[WorkerInfo], lengths: Mapping[str, int]) -> list[Table | Text]:
+def status_tables(
+    workers: list[WorkerInfo], lengths: Mapping[str, int], strays: Sequence[Stray] | None = ()
+) -> list[Table | Text]:
     """The same for people."""
     parts: list[Table | Text] = []
     if workers:
@@ -83,6 +88,9 @@ def status_tables(workers: list[WorkerInfo], lengths: Mapping[str, int]) -> list
         if name not in ("leased", "dead"):
             queues.add_row(Text(name), Text(str(count)))
     parts.append(queues)
+    parts += [
+        Text(f"nobody reads the list {stray.name} ({stray.messages} waiting): {stray.reason}") for stray in strays or ()
+    ]
     parts.append(Text(f"in workers' hands: {lengths.get('leased', 0)}   dead letters: {lengths.get('dead', 0)}"))
     return parts
 

@@ -33,6 +33,7 @@ from shared.errors import ClientClosed, FleetError
 from shared.queues import lengths
 from shared.registry import WorkerInfo
 from shared.settings import OnOutage, Settings
+from shared.strays import Stray, stray_lists
 
 T = TypeVar("T")
 
@@ -209,6 +210,14 @@ class Client:
     def dead_letters(self) -> DeadLetters:
         """The messages that were given up."""
         return DeadLetters(self._redis, self.settings.fleet)
+
+    def stray_lists(self, most_keys: int = 200_000) -> list[Stray] | None:
+        """Lists of requests that nobody reads, among so many of the broker's keys; ``None`` where we may not look."""
+        with broker_errors(self.settings.fleet, "look for stray lists"):
+            try:
+                return list(stray_lists(self._redis, most_keys))
+            except redis.exceptions.NoPermissionError:
+                return None
 
     def queue_lengths(self) -> dict[str, int]:
         """Messages that wait, by queue; under ``dead`` the dead letters, under ``leased`` those in workers' hands."""

@@ -19,10 +19,13 @@ from shared.gpus import GpuBoard, read_gpus
 from shared.masking import masked_url
 from shared.registry import WorkerInfo, WorkerRegistry
 from shared.settings import Settings
+from shared.strays import stray_lists
 from shared.tls import unchecked
 from shared.weights import differences
 
 SLOW_BROKER_MS = 5.0
+MOST_KEYS = 2_000_000
+"""Keys of the broker that are looked at for lists that nobody reads: a second or two of work."""
 
 
 def check_broker(settings: Settings) -> Iterator[Finding]:
@@ -47,6 +50,7 @@ def check_broker(settings: Settings) -> Iterator[Finding]:
         yield from check_weights(workers)
         yield from check_parity(workers)
         yield check_gpu_leases(read_gpus(client))
+        yield from check_strays(client)
     except (redis.RedisError, OSError) as error:
         reason = str(error).splitlines()[0]
         yield Finding(Grade.FAIL, "broker", f"{url} does not answer: {reason}", _remedy(reason))
@@ -113,6 +117,23 @@ def check_workers(workers: Sequence[WorkerInfo], settings: Settings) -> Finding:
             Grade.WARN, "workers", f"{text}; {'; '.join(problems)}", "start the workers with this configuration"
         )
     return Finding(Grade.OK, "workers", text)
+
+
+def check_strays(client: redis.Redis) -> Iterator[Finding]:
+    """Whether requests wait where nobody reads: their senders call the queues otherwise than the fleet does."""
+    try:
+        strays = list(stray_lists(client, MOST_KEYS))
+    except redis.exceptions.NoPermissionError:
+        yield Finding(Grade.OK, "stray lists", "not looked for: this user may not scan the broker's keys")
+        return
+    for stray in strays:
+        yield Finding(
+            Grade.WARN, "stray lists", f"{stray.messages} on {stray.name}, which nobody reads: {stray.reason}",
+            "send to the fleet's queues, without global_keyprefix, sep and priority_steps in broker_transport_options, "
+            "and send what waits there again",
+        )  # fmt: skip
+    if not strays:
+        yield Finding(Grade.OK, "stray lists", "none")
 
 
 def check_chains(workers: Sequence[WorkerInfo], settings: Settings) -> Iterator[Finding]:

@@ -30,12 +30,12 @@ def status(
 ) -> None:
     """Show the workers, the queues and the dead letters."""
     with Client(settings=settings_of(config, redis_url)) as client:
-        workers, lengths = client.fleet(), client.queue_lengths()
+        workers, lengths, strays = client.fleet(), client.queue_lengths(), client.stray_lists()
     if as_json:
-        print(status_json(workers, lengths))
+        print(status_json(workers, lengths, strays))
         return
     out = console()
-    for part in status_tables(workers, lengths):
+    for part in status_tables(workers, lengths, strays):
         out.print(part)
 
 
