@@ -2,14 +2,16 @@
 
 Checked against celery 5.7. What is overridden: ``on_chord_part_return``, which calls the body of a chord;
 ``_fail_chain`` and ``chord_error_from_stack``, which tell of a failure; ``_set_with_state``, which writes records;
-``mark_as_revoked``, which remote control calls.
+``mark_as_revoked``, which remote control calls; ``on_task_call``, which would listen for the results of what a worker
+publishes.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property, partial
 from typing import Any
 
 from celery import states
@@ -34,10 +36,14 @@ _CHORD_KEYS = (".j", ".t", ".s", ".d", "", ".c")
 
 
 class ChordBackend(RedisBackend):
-    """The backend of a worker whose loop ends requests.
+    """The backend of a worker whose loop ends requests. From any thread.
 
     Where the broker is, the fleet says, as for the transport: the URL that Celery is told is not looked at.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._call = threading.local()
 
     def _params_from_url(self, url: str, defaults: dict[str, Any]) -> dict[str, Any]:
         return dict(defaults)
@@ -48,6 +54,14 @@ class ChordBackend(RedisBackend):
     def as_uri(self, include_password: bool = False) -> str:
         """The broker's URL as it is shown."""
         return masked_url(self.app.fleet.settings.fleet.redis_url)
+
+    def on_task_call(self, producer: Any, task_id: str) -> dict[str, Any]:  # Celery's signature
+        """A worker does not wait for what it publishes: who waits for a result listens for it then.
+
+        To listen would be another way to fail, and where the broker is away it fails with an error that is not the
+        broker's.
+        """
+        return {}
 
     def on_chord_part_return(
         self, request: Context, state: str, result: Any, propagate: bool | None = None, **kwargs: Any
@@ -105,8 +119,19 @@ class ChordBackend(RedisBackend):
         return join(header)
 
     def chord_error_from_stack(self, callback: Signature, exc: BaseException | None = None) -> Any:
-        """Fail the body of a chord, and with it the chord that the body is a member of."""
-        info = super().chord_error_from_stack(callback, exc)
+        """Fail the body of a chord, and with it the chord that the body is a member of.
+
+        Raises what a broker that fails raises: all of it can be done again. Celery takes it for the body's error, or
+        passes over it.
+        """
+        outer: list[Exception] | None = getattr(self._call, "failures", None)
+        self._call.failures = failures = list[Exception]()
+        try:
+            info = super().chord_error_from_stack(callback, exc)
+        finally:
+            self._call.failures = outer
+        if failures:
+            raise failures[0]
         for step in callback.tasks if isinstance(callback, group) else [callback]:
             self._part_failed(step, exc, states.FAILURE)
         return info
@@ -124,6 +149,26 @@ class ChordBackend(RedisBackend):
             task_id = step.get("options", {}).get("task_id")
             if store_result and task_id is not None and self.get_state(task_id) not in states.READY_STATES:
                 self.store_result(task_id, exc, state, traceback=traceback, request=_context(step))
+
+    def _call_task_errbacks(self, request: Any, exc: Any, traceback: Any) -> None:
+        self._noting(partial(super()._call_task_errbacks, request, exc, traceback))
+
+    def store_result(self, *args: Any, **kwargs: Any) -> Any:
+        """Store a result."""
+        return self._noting(partial(super().store_result, *args, **kwargs))
+
+    def _noting(self, tell: Callable[[], Any]) -> Any:
+        """While a body is failed: note that the broker has failed, and leave what is still to be told for later."""
+        failures: list[Exception] | None = getattr(self._call, "failures", None)
+        if failures:
+            return None
+        try:
+            return tell()
+        except BROKER_ERRORS as error:
+            if failures is None or refused(error):
+                raise
+            failures.append(error)
+            return None
 
     def _part_failed(self, step: Mapping[str, Any], exc: Any, state: str) -> None:
         if step.get("options", {}).get("chord"):

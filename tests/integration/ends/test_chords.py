@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import redis
 from celery.app.task import Context
-from celery.canvas import Signature
+from celery.canvas import Signature, group
 from kombu.exceptions import OperationalError
 
 from shared import keys
@@ -113,6 +113,43 @@ def test_an_end_that_two_workers_tell_of_is_told_once(backend: ChordBackend, red
     assert len(told) == 1
     assert b"REVOKED" in redis_client.get(keys.result_key("later"))
     assert 0 < redis_client.ttl(keys.result_key("later")) <= 3600
+
+
+ERRBACK = {**BODY, "options": {"task_id": "told", "queue": "fake"}}
+
+
+@pytest.mark.parametrize("where", ["errback", "record"])
+def test_a_broker_that_fails_while_a_body_is_failed_is_told_again(
+    backend: ChordBackend, redis_client: redis.Redis, monkeypatch, where: str
+) -> None:
+    """Its failure is not the body's: nobody is told of it, and when it is back those are told who wait."""
+    monkeypatch.setitem(BODY["options"], "link_error", [ERRBACK])
+    end(backend, 0, "FAILURE", ValueError("no"))
+    with monkeypatch.context() as patch:
+        away = OperationalError("away") if where == "errback" else redis.ConnectionError("away")
+        patch.setattr(*{"errback": (group, "apply_async"), "record": (backend, "_store_result")}[where],
+                      lambda *_, **__: (_ for _ in ()).throw(away))  # fmt: skip
+        with pytest.raises((OperationalError, redis.ConnectionError)):
+            end(backend, 1)
+    assert redis_client.get(keys.result_key("body")) is None
+
+    end(backend, 1)
+
+    assert b"ChordError" in redis_client.get(keys.result_key("body"))
+    assert len(calls(redis_client)) == (1 if where == "errback" else 2)
+
+
+def test_what_a_worker_publishes_is_not_listened_for(backend: ChordBackend, redis_client: redis.Redis, monkeypatch):
+    """Where the broker is away, that would fail with an error that is not the broker's."""
+
+    def away(*_: Any) -> None:
+        raise RuntimeError("the result store backend is away")
+
+    monkeypatch.setattr(backend.result_consumer, "consume_from", away)
+    end(backend, 0)
+    end(backend, 1)
+
+    assert len(calls(redis_client)) == 1
 
 
 def test_a_body_that_cannot_be_sent_has_failed(backend: ChordBackend, redis_client: redis.Redis, monkeypatch) -> None:
