@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
-from celery import Celery
+from celery import Celery, chain
 
 from producer import InferenceResult
 from shared import keys
 from shared.errors import BrokerFull, DeadlineExceeded, FleetError, QueueFull, QuotaExceeded
-from tests.support.requests import ECHO
+from tests.support.requests import ECHO, bare_app
 from tests.support.waiting import eventually
 
 
@@ -221,3 +223,30 @@ def test_a_tenant_at_its_share_keeps_no_idle_worker_busy(make_fleet, redis_clien
     assert fleet.client.queue_lengths()["fake"] == 35
     assert fleet.client.cancel(first.id)
     eventually(lambda: fleet.client.queue_lengths()["fake"] == 34, what="the start of the tenant's next request")
+
+
+def test_a_success_whose_chain_cannot_go_on_yet_holds_up_no_other(make_fleet, redis_client) -> None:
+    """On a full broker: those without a chain are answered and make room, then the chains go on, each step once."""
+    fleet = make_fleet(optimization={"batcher": {"max_batch_size": 4}})
+    worker = fleet.start_worker()
+    fleet.client.submit(ECHO).result(10)
+    worker.send_signal(signal.SIGSTOP)
+    app = bare_app(fleet.url)
+    step = app.signature("muai.infer", kwargs={"request": ECHO}, queue="fake")
+    chains = [chain(step, step.clone())() for _ in range(4)]
+    handles = fleet.client.submit_many([ECHO] * 40)
+    chains += [chain(step, step.clone())() for _ in range(4)]
+    redis_client.config_set("maxmemory", 1)
+    redis_client.config_set("maxmemory-policy", "noeviction")
+    try:
+        worker.send_signal(signal.SIGCONT)
+        assert [handle.result(30).text for handle in handles] == ["olleh"] * 40
+        assert not any(redis_client.exists(keys.result_key(last.id)) for last in chains)
+        assert not any(redis_client.exists(keys.result_key(last.parent.id)) for last in chains)
+        assert "cannot be told yet" in fleet.log(worker)
+    finally:
+        redis_client.config_set("maxmemory", 0)
+
+    assert [last.get(timeout=30)["outputs"]["text"] for last in chains] == ["olleh"] * 8
+    assert [last.parent.state for last in chains] == ["SUCCESS"] * 8
+    assert fleet.client.queue_lengths()["leased"] == 0
