@@ -4,9 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from shared.clock import SKEW_SECONDS
 from shared.findings import Finding, Grade
 
 OLDEST_BROKER = (6, 2)
+
+SKEW_REMEDY = "keep the clocks of all machines by one time server (chrony, systemd-timesyncd)"
+
+
+def skewed(ahead: float) -> str:
+    """How wrong this machine's clock is, that is so many seconds ahead of the broker's."""
+    return f"this machine's clock is {abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} the broker's"
+
+
+def check_clock(ahead: float | None) -> Finding:
+    """Whether this machine's clock, so many seconds ahead of the broker's, is right."""
+    if ahead is None or abs(ahead) <= SKEW_SECONDS:
+        return Finding(Grade.OK, "clock", "agrees with the broker's")
+    text = f"{skewed(ahead)}, and so are the times that bare Celery apps here send (eta, countdown, expires)"
+    return Finding(Grade.WARN, "clock", text, SKEW_REMEDY)
 
 
 def check_version(info: dict[str, Any], url: str) -> Finding:

@@ -213,7 +213,9 @@ class InferenceRequest(Value):
     """One request to one model.
 
     ``id`` is also the Celery task id and the idempotency key. ``deadline`` is in seconds since the epoch; after it the
-    request is no longer worth answering. ``engine_preference`` overrides the fleet's order for this request.
+    request is no longer worth answering. ``timeout`` says the same in seconds from when it was sent, whatever the
+    sender's clock shows; our client makes a deadline of it. ``engine_preference`` overrides the fleet's order for this
+    request.
     """
 
     id: Annotated[Text, Field(min_length=1, max_length=128), _PRINTABLE] = Field(
@@ -227,6 +229,7 @@ class InferenceRequest(Value):
     conversation_id: Annotated[Text, Field(max_length=256), _PRINTABLE] | None = None
     priority: Priority = Priority.NORMAL
     deadline: Annotated[float, Field(ge=0.0, le=LATEST)] | None = None
+    timeout: Annotated[float, Field(gt=0.0, le=LATEST)] | None = None
     tenant: Tenant = DEFAULT_TENANT
     stream: bool = False
 

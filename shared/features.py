@@ -20,9 +20,13 @@ class Feature(StrEnum):
 
     LOGPROBS = "logprobs"
     JSON_SCHEMA = "json_schema"
+    TIMEOUT = "timeout"
 
 
 NOTHING: Final[frozenset[Feature]] = frozenset()
+
+EVERYWHERE: Final = frozenset({Feature.TIMEOUT})
+"""What every engine of this release has, for no engine has a part in it."""
 
 FEATURE_OF_FIELD: Final[Mapping[str, Feature | None]] = {
     "id": None,
@@ -49,6 +53,7 @@ FEATURE_OF_FIELD: Final[Mapping[str, Feature | None]] = {
     "conversation_id": None,
     "priority": None,
     "deadline": None,
+    "timeout": Feature.TIMEOUT,
     "tenant": None,
     "stream": None,
 }

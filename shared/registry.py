@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any
@@ -25,6 +25,7 @@ from pydantic import (
 
 from shared import keys
 from shared.broker import lua
+from shared.clock import BrokerClock
 from shared.contract import EngineName, Feature, Kind
 from shared.limits import Limits
 
@@ -145,11 +146,19 @@ class Changes:
     gone: frozenset[str]
     workers: dict[str, WorkerInfo]
 
+    @property
+    def now(self) -> float:
+        """The broker's time then, to the millisecond, in seconds since the epoch."""
+        return (int(self.stamp.partition(":")[2]) + 0.5) / 1000
+
 
 class WorkerRegistry:
-    """Announce a worker and list those that live."""
+    """Announce a worker and list those that live. The ``clock`` learns from the broker's answers."""
 
-    def __init__(self, client: redis.Redis, silent_after_seconds: float = 8.0) -> None:
+    def __init__(
+        self, client: redis.Redis, silent_after_seconds: float = 8.0, clock: BrokerClock | None = None
+    ) -> None:
+        self._clock = clock or BrokerClock()
         self._silent_ms = int(silent_after_seconds * 1000)
         self._announce = client.register_script(lua("shared", "announce"))
         self._live = client.register_script(lua("shared", "live"))
@@ -159,7 +168,7 @@ class WorkerRegistry:
         info, more = worker.model_dump_json(exclude=AFTER_0_1_0), worker.model_dump_json(include=AFTER_0_1_0)
         lasting = hashlib.sha256(worker.model_dump_json(exclude=PASSING).encode()).hexdigest()
         args = [worker.id, info, self._silent_ms, more, lasting, int(2 * WHOLE_SECONDS * 1000), since]
-        return changes_of(self._announce(keys=KEYS, args=args))
+        return self._heard(self._announce, args)
 
     def leave(self, worker_id: str) -> None:
         """Take a worker out at once."""
@@ -167,7 +176,13 @@ class WorkerRegistry:
 
     def changes(self, since: str = "") -> Changes:
         """What has changed since a stamp; all where that is empty, or nobody has kept it."""
-        return changes_of(self._live(keys=KEYS, args=[self._silent_ms, since]))
+        return self._heard(self._live, [self._silent_ms, since])
+
+    def _heard(self, script: Callable[..., Any], args: Sequence[Any]) -> Changes:
+        asked = self._clock.steady()
+        found = changes_of(script(keys=KEYS, args=args))
+        self._clock.learn(found.now, asked, self._clock.steady())
+        return found
 
     def live(self) -> list[WorkerInfo]:
         """Workers that announced themselves within the time of silence, the longest running first."""

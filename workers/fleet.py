@@ -15,6 +15,7 @@ from celery import Celery
 from celery.worker import state
 
 from shared.broker import connect
+from shared.clock import BrokerClock
 from shared.contract import EngineName
 from shared.limits import Limits, LimitsInForce
 from shared.registry import WorkerInfo, WorkerRegistry
@@ -58,21 +59,31 @@ class Fleet:
         self.client: redis.Redis = connect(settings.fleet)
         self.limits = LimitsInForce(Limits.of(settings))
         tokens = LeaseTokens()
-        self.delivery = RedisDelivery(self.client, settings.fleet, self.limits, self.worker_id, tokens)
+        self.clock = BrokerClock()
+        self.delivery = RedisDelivery(self.client, settings.fleet, self.limits, self.worker_id, tokens, self.clock)
         self.leases = LeaseKeeper(settings.fleet, tokens.process)
-        self.registry = WorkerRegistry(self.client, settings.fleet.silent_after_seconds)
+        self.registry = WorkerRegistry(self.client, settings.fleet.silent_after_seconds, self.clock)
         self.devices = Devices(settings, self.client, self.worker_id)
         self.signer = Signer(settings.fleet.signing_key)
         self.events = CeleryEvents(app)
         self.observers = Observers([self.events])
         seal = Seal(self.delivery.secret)
         self.settler = Settler(self.delivery, self.leases, self.observers, Canvas(app, self.signer), seal)
-        self.sweeper = Sweeper(self.delivery, self.settler, self.limits)
+        self.sweeper = Sweeper(self.delivery, self.settler, self.limits, self.clock)
         self.doubts = Doubts(self.client, self.worker_id)
-        self.live = LiveWorkers(self.registry)
-        self.rescuer = Rescuer(self.delivery, self.settler, self.limits, settings, self.worker_id, self.live)
+        self.live = LiveWorkers(self.registry, self.clock)
+        self.rescuer = Rescuer(
+            self.delivery, self.settler, self.limits, settings, self.worker_id, self.live, self.clock
+        )
         self.announcer = Announcer(
-            self.client, settings.fleet, self.registry, self.live, self.delivery, self.describe, self._look
+            self.client,
+            settings.fleet,
+            self.registry,
+            self.live,
+            self.delivery,
+            self.describe,
+            self._look,
+            self.clock,
         )
         self._newest = NewestWeights(only=settings.models.newest_only)
         self.roster = Roster(settings, self.limits, self.client, self.devices, self.observers)
@@ -85,7 +96,7 @@ class Fleet:
         self._late = LateEngines(self.roster, self.devices)
         self._context = IntakeContext(
             settings, self.limits, self.delivery, self.leases, self.observers, self.settler, self.worker_id,
-            self.live, self.live.refresh, self.announcer.announce_now, state.revoked, time.time,
+            self.live, self.live.refresh, self.announcer.announce_now, state.revoked, self.clock,
             RunLimits(self._time_limits, time.monotonic),
         )  # fmt: skip
         self._guard = Guard(settings.optimization.watchdog, self.roster, self.fail)

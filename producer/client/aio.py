@@ -276,7 +276,7 @@ class LoopSession:
         self._sender: SpoolSender | None = None
         if on_outage == "spool":
             spool = Spool(Path(fleet.spool_path), fleet.spool_max_bytes)
-            self._sender = SpoolSender(spool, self._send, self._answer)
+            self._sender = SpoolSender(spool, self._send, self._answer, self.requests.clock)
             self._sender.start()
         self.requests.outages(on_outage, self._sender)
 

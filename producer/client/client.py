@@ -112,7 +112,8 @@ class Client:
     def submit(self, request: RequestLike | None = None, /, *, timeout: float | None = None, **fields: Any) -> Handle:
         """Submit one request, given as a value, a mapping or fields.
 
-        ``timeout`` sets the request's deadline, in seconds from now. Raises :class:`~shared.errors.BadRequest` for an
+        ``timeout`` sets the request's deadline, in seconds from now; a ``deadline`` of its own is by the clock of this
+        process. Raises :class:`~shared.errors.BadRequest` for an
         invalid one (:class:`~shared.errors.UnknownModel`, :class:`~shared.errors.UnsupportedKind`,
         :class:`~shared.errors.PayloadTooLarge`), :class:`~shared.errors.NoEngineAvailable` where no live worker can
         serve it (with a deadline it is queued all the same, and served when an engine is there in time),
@@ -172,7 +173,7 @@ class Client:
 
         Raises :class:`~shared.errors.BrokerUnavailable` where the broker is away. What no live worker can serve stays.
         """
-        return SpoolSender(spool, self._session.send).deliver()
+        return SpoolSender(spool, self._session.send, clock=self._session.requests.clock).deliver()
 
     # -- requests that are under way --------------------------------------------------------------------------------
 
@@ -238,7 +239,7 @@ class Session:
         self._sender: SpoolSender | None = None
         if on_outage == "spool":
             spool = Spool(Path(fleet.spool_path), fleet.spool_max_bytes)
-            self._sender = SpoolSender(spool, self.send, self.replies.awaited.resolve)
+            self._sender = SpoolSender(spool, self.send, self.replies.awaited.resolve, self.requests.clock)
             self._sender.start()
         self.requests.outages(on_outage, self._sender)
 

@@ -6,6 +6,7 @@ import time
 
 from producer.client.steps import Run, Steps
 from shared.broker import broker_errors, lua
+from shared.clock import BrokerClock
 from shared.contract import EngineName, InferenceRequest
 from shared.direct import Script
 from shared.errors import NoEngineAvailable
@@ -19,9 +20,10 @@ its way; past the second no engine is chosen by it."""
 
 
 class EngineChoice:
-    """Chooses engines. Safe to use from several threads."""
+    """Chooses engines. Safe to use from several threads. The ``clock`` learns from the broker's answers."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, clock: BrokerClock) -> None:
+        self._clock = clock
         self._settings = settings
         self._live = Script.of(lua("shared", "live"))
         self._known = KnownWorkers()
@@ -45,9 +47,12 @@ class EngineChoice:
 
     def _changes(self, since: str) -> Steps[Changes]:
         fleet = self._settings.fleet
+        asked = self._clock.steady()
         with broker_errors(fleet, "list the workers"):
             answer = yield Run(self._live, KEYS, [int(fleet.silent_after_seconds * 1000), since])
-        return changes_of(answer)
+        found = changes_of(answer)
+        self._clock.learn(found.now, asked, self._clock.steady())
+        return found
 
     def _take(self, workers: list[WorkerInfo]) -> list[WorkerInfo]:
         self._read_at = time.monotonic()
@@ -78,4 +83,4 @@ class EngineChoice:
         return engine
 
     def _older_than(self, seconds: float) -> bool:
-        return time.monotonic() - self._read_at > seconds
+        return time.monotonic() - self._read_at > seconds or self._clock.doubtful

@@ -49,7 +49,7 @@ class Handle:
 
     @property
     def deadline(self) -> float | None:
-        """The request's deadline, in seconds since the epoch."""
+        """The request's deadline by the broker's clock, in seconds since the epoch."""
         return self._submitted.deadline
 
     @property

@@ -12,6 +12,7 @@ from producer.client.spool_sender import SpoolSender
 from producer.client.steps import Command, Pause, Steps, Work
 from producer.client.submission import Submission
 from shared.broker import broker_errors
+from shared.clock import BrokerClock
 from shared.errors import BrokerRefused, BrokerUnavailable, NoEngineAvailable, UnknownModel, UnsupportedKind
 from shared.settings import FleetSettings
 
@@ -31,7 +32,11 @@ NOT_SERVED = (NoEngineAvailable, UnknownModel, UnsupportedKind)
 
 
 def waiting(
-    send: Submit, restarted: Callable[[], Steps[bool]], silent_after: float, submissions: Sequence[Submission]
+    send: Submit,
+    restarted: Callable[[], Steps[bool]],
+    silent_after: float,
+    clock: BrokerClock,
+    submissions: Sequence[Submission],
 ) -> Steps[None]:
     """Submit again until the broker is back, or the first of the requests' deadlines has come.
 
@@ -39,8 +44,6 @@ def waiting(
     ``silent_after`` seconds. So they are where the broker was ``restarted`` while nobody was looking. Raises what the
     last try raised.
     """
-    deadlines = [submission.request.deadline for submission in submissions]
-    last = min((deadline for deadline in deadlines if deadline is not None), default=float("inf"))
     pause, there, away = PAUSE_FIRST, float("inf"), False
     while True:
         try:
@@ -50,7 +53,9 @@ def waiting(
             raise
         except BrokerUnavailable:
             away, there = True, float("inf")
-            if time.time() + pause >= last:
+            deadlines = [submission.by(clock).request.deadline for submission in submissions]
+            last = min((deadline for deadline in deadlines if deadline is not None), default=float("inf"))
+            if clock() + pause >= last:
                 raise
         except NOT_SERVED:
             there = min(there, time.monotonic())

@@ -19,6 +19,7 @@ from producer.client.submission import HeadersOf, RequestLike, Submission, check
 from producer.client.submitted import Submitted
 from producer.client.submitter import Submitter
 from shared.broker import broker_errors
+from shared.clock import BrokerClock
 from shared.contract import InferenceRequest
 from shared.errors import BrokerRefused, BrokerUnavailable, DeadlineExceeded
 from shared.settings import OnOutage, Settings
@@ -38,7 +39,8 @@ class Requests:
     """Submits requests, and knows of those under way what the broker knows."""
 
     def __init__(self, settings: Settings, replies: Replies, headers: HeadersOf | None) -> None:
-        self.engines = EngineChoice(settings)
+        self.clock = BrokerClock()
+        self.engines = EngineChoice(settings, self.clock)
         self.results = StoredResults(settings.fleet, replies.awaited)
         self._fleet = settings.fleet
         self._replies = replies
@@ -51,39 +53,40 @@ class Requests:
         if sender is not None:
             self._push = partial(spooling, self.send, sender)
         elif on_outage == "wait":
-            self._push = partial(waiting, self.send, partial(restarted, self._fleet), self._fleet.silent_after_seconds)
+            back = partial(restarted, self._fleet)
+            self._push = partial(waiting, self.send, back, self._fleet.silent_after_seconds, self.clock)
 
     # -- submitting -------------------------------------------------------------------------------------------------
 
     def submit(self, requests: Sequence[RequestLike], timeout: float | None) -> Steps[list[Submitted]]:
         """Submit several at once: all of them or, where one is refused, none."""
-        deadline = None if timeout is None else time.time() + checked_timeout(timeout)
-        submissions = [prepare(request, deadline, self._headers) for request in requests]
-        prepared = [submission.request for submission in submissions]
-        ids = [request.id for request in prepared]
+        seconds = None if timeout is None else checked_timeout(timeout)
+        submissions = [prepare(request, seconds, self.clock, self._headers) for request in requests]
+        ids = [submission.request.id for submission in submissions]
         futures = self._replies.expect(ids)
         try:
             yield from self._push(submissions)
         except BaseException as error:
             self._replies.awaited.forget(ids, futures)
             if isinstance(error, BrokerUnavailable):
-                error.requests = tuple(request.model_copy(update={"id": request.id}) for request in prepared)
+                error.requests = tuple(submission.again(self.clock) for submission in submissions)
             raise
         return [
-            Submitted(request.id, future, request.deadline) for request, future in zip(prepared, futures, strict=True)
+            Submitted(submission.request.id, future, submission.by(self.clock).request.deadline, self.clock)
+            for submission, future in zip(submissions, futures, strict=True)
         ]
 
     def checked(self, request: RequestLike) -> InferenceRequest:
         """The request that a caller gives; raises :class:`~shared.errors.BadRequest` where it is not a valid one."""
-        return prepare(request, None).request
+        return prepare(request, None, self.clock).again(self.clock)
 
     def send(self, submissions: Sequence[Submission]) -> Steps[None]:
         """Choose an engine for each and push all of them, each id once; one that has its answer gets it."""
         chosen = []
         for submission in submissions:
             engine = yield from self.engines.engine_for(submission.request)
-            chosen.append((submission, engine))
-        new = yield from self._submitter.submit(chosen, time.time())
+            chosen.append((submission.by(self.clock), engine))
+        new = yield from self._submitter.submit(chosen, self.clock())
         known = [submission.request.id for submission, pushed in zip(submissions, new, strict=True) if not pushed]
         with suppress(BrokerUnavailable):  # they are looked up again, and the list is read again
             if known:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,10 +27,14 @@ class SpoolSender:
     """Delivers what is in a spool, the oldest first, from a thread of its own.
 
     While the broker is away new requests go behind what is there. ``send`` submits requests, each id
-    once however often it is called; ``answer`` is told of those that cannot be submitted at all.
+    once however often it is called; ``answer`` is told of those that cannot be submitted at all; ``clock`` tells the
+    time by which deadlines are reckoned.
     """
 
-    def __init__(self, spool: Spool, send: Send, answer: Answer | None = None) -> None:
+    def __init__(
+        self, spool: Spool, send: Send, answer: Answer | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._clock = clock
         self._spool = spool
         self._send = send
         self._answer = answer
@@ -86,7 +91,7 @@ class SpoolSender:
     def _deliver_one(self, entry: Spooled) -> bool:
         try:
             submission = entry.submission()
-            if submission.request.expired():
+            if submission.request.expired(self._clock()):
                 raise DeadlineExceeded("the request's deadline passed while the broker was away")
             self._send([submission])
         except (BadRequest, DeadlineExceeded) as error:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from shared.clock import BrokerClock
 from shared.contract import LATEST, InferenceRequest
 from shared.errors import BadRequest
 from shared.headers import check_headers
 from shared.identity import LONGEST_ID, id_in_fleet
 from shared.wire import address_of
+
+LEAST_SECONDS = 0.001
+"""A deadline is not corrected by less."""
 
 RequestLike = InferenceRequest | Mapping[str, Any]
 """A request as its caller gives it: a value, or a mapping of its fields."""
@@ -21,35 +25,67 @@ HeadersOf = Callable[[InferenceRequest], Mapping[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A checked request, and the further headers of its message."""
+    """A checked request, and the further headers of its message.
+
+    ``offset`` is by how much the broker's clock, by which the deadline is reckoned, was taken to be ahead of this
+    process' steady clock; ``None`` where another process has made it.
+    """
 
     request: InferenceRequest
     headers: Mapping[str, str] = field(default_factory=dict)
+    offset: float | None = None
+
+    def by(self, clock: BrokerClock) -> Submission:
+        """The same, its deadline by what is known of the broker's clock now: before, it may not have been known."""
+        request, offset = self.request, clock.offset
+        if request.deadline is None or self.offset is None or abs(offset - self.offset) < LEAST_SECONDS:
+            return self
+        deadline = _within_bounds(request.deadline + offset - self.offset)
+        return replace(self, request=request.model_copy(update={"deadline": deadline}), offset=offset)
+
+    def again(self, clock: BrokerClock) -> InferenceRequest:
+        """The request as a caller may submit it again: its id is given, its deadline by this process' clock."""
+        request = self.by(clock).request
+        given: dict[str, Any] = {"id": request.id}
+        if request.deadline is not None:
+            given["deadline"] = _within_bounds(clock.to_here(request.deadline))
+        return request.model_copy(update=given)
 
 
-def prepare(request: RequestLike, deadline: float | None, headers_of: HeadersOf | None = None) -> Submission:
-    """Check a request; ``deadline`` is its deadline where it has none of its own.
+def prepare(
+    request: RequestLike, timeout: float | None, clock: BrokerClock, headers_of: HeadersOf | None = None
+) -> Submission:
+    """Check a request; ``timeout`` is its time in seconds where it says nothing of that itself.
 
-    Raises :class:`~shared.errors.BadRequest` where the request, or what ``headers_of`` makes of it, is not valid.
+    Its own deadline is by this process' clock, that of the submission by the broker's. Raises
+    :class:`~shared.errors.BadRequest` where the request, or what ``headers_of`` makes of it, is not valid.
     """
     if not isinstance(request, InferenceRequest):
         if not isinstance(request, Mapping):
             raise BadRequest(f"a request is an InferenceRequest or a mapping of its fields, not {_named(request)}")
-        if deadline is not None and request.get("deadline") is None:
-            request = {**request, "deadline": deadline}
         request = InferenceRequest.parse(request)
-    elif deadline is not None and request.deadline is None:
-        request = request.model_copy(update={"deadline": deadline})
+    offset = clock.offset
+    times = [] if request.timeout is None else [clock() + request.timeout]
+    if request.deadline is not None:
+        times.append(clock.from_here(request.deadline))
+    if timeout is not None and not times:
+        times.append(clock() + timeout)
+    if times:
+        request = request.model_copy(update={"deadline": _within_bounds(min(times)), "timeout": None})
     request_id = id_in_fleet(request.id, request.tenant)
     if request_id != request.id:
         if len(request_id) > LONGEST_ID:
             raise BadRequest(f"id: has more than {LONGEST_ID} characters with the tenant's name in front")
         request = request.model_copy(update={"id": request_id})
     if headers_of is None:
-        return Submission(request)
+        return Submission(request, offset=offset)
     headers = dict(headers_of(request))
     check_headers(headers)
-    return Submission(request, headers)
+    return Submission(request, headers, offset)
+
+
+def _within_bounds(moment: float) -> float:
+    return min(LATEST, max(0.0, moment))
 
 
 def _named(value: object) -> str:

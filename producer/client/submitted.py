@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from producer.client.steps import AnyFuture
 
@@ -11,11 +12,21 @@ DEADLINE_GRACE_SECONDS = 5.0
 
 
 class Submitted:
-    """A request that was submitted, and the future that is resolved with its outcome."""
+    """A request that was submitted, and the future that is resolved with its outcome.
 
-    __slots__ = ("_grace", "deadline", "future", "id")
+    Its ``deadline`` is by ``clock``, the broker's, in seconds since the epoch.
+    """
 
-    def __init__(self, request_id: str, future: AnyFuture, deadline: float | None = None) -> None:
+    __slots__ = ("_clock", "_grace", "deadline", "future", "id")
+
+    def __init__(
+        self,
+        request_id: str,
+        future: AnyFuture,
+        deadline: float | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._clock = clock
         self.id = request_id
         self.future = future
         self.deadline = deadline
@@ -23,7 +34,7 @@ class Submitted:
 
     def late(self) -> bool:
         """Whether the request's deadline has passed."""
-        return self.deadline is not None and time.time() >= self.deadline
+        return self.deadline is not None and self._clock() >= self.deadline
 
     def wait_longer(self) -> None:
         """Its deadline has passed, but a worker may be about to say so."""
@@ -31,4 +42,4 @@ class Submitted:
 
     def abandoned_in(self) -> float:
         """Seconds until an answer is not to be expected any more."""
-        return float("inf") if self.deadline is None else self.deadline + self._grace - time.time()
+        return float("inf") if self.deadline is None else self.deadline + self._grace - self._clock()

@@ -11,8 +11,9 @@ import redis
 
 from shared import keys
 from shared.broker import connect
-from shared.broker_checks import check_eviction, check_persistence, check_version
+from shared.broker_checks import check_clock, check_eviction, check_persistence, check_version
 from shared.broker_url import read_url
+from shared.clock import BrokerClock
 from shared.errors import FleetError
 from shared.findings import Finding, Grade
 from shared.gpus import GpuBoard, read_gpus
@@ -44,7 +45,9 @@ def check_broker(settings: Settings) -> Iterator[Finding]:
         yield check_persistence(info)
         yield check_eviction(info)
         yield check_latency(latency)
-        workers = WorkerRegistry(client, settings.fleet.silent_after_seconds).live()
+        clock = BrokerClock()
+        workers = WorkerRegistry(client, settings.fleet.silent_after_seconds, clock).live()
+        yield check_clock(clock.ahead)
         yield check_workers(workers, settings)
         yield from check_chains(workers, settings)
         yield from check_weights(workers)

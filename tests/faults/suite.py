@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.faults import asked_twice, chords, failover, kills, members, network, soak, stalls, stops
+from tests.faults import asked_twice, chords, clocks, failover, kills, members, network, soak, stalls, stops
 from tests.faults.anything.seeds import run_seeds
 from tests.faults.stage import Figure
 
@@ -134,6 +134,11 @@ SCENARIOS = {
         run_seeds,
         full={"seeds": range(100)},
         short={"seeds": (0, 1), "shrink": 0.0},
+    ),
+    "clock-steps": Scenario(
+        clocks.clock_steps,
+        full={"steps": 20, "ids": 1000},
+        short={"steps": 4, "ids": 60, "every": 1.0},
     ),
     "soak": Scenario(
         soak.soak,

@@ -19,6 +19,7 @@ import redis
 
 from shared import keys
 from shared.broker import lua
+from shared.clock import BrokerClock
 from shared.contract import DEFAULT_TENANT, EngineName
 from shared.limits import Limits, LimitsInForce
 from shared.settings import FleetSettings, Settings, TenantSettings
@@ -255,7 +256,7 @@ class RedisDelivery:
     """The scripts over one broker connection pool. From any thread; the loop uses what ends in ``soon``.
 
     Messages that the worker with this ``affinity`` should have are claimed before others. ``token`` makes what the ids
-    of one script's leases end with.
+    of one script's leases end with; the ``clock`` learns from the broker's answers.
     """
 
     def __init__(
@@ -265,7 +266,9 @@ class RedisDelivery:
         limits: LimitsInForce | None = None,
         affinity: str = "",
         token: Callable[[], str] | None = None,
+        clock: BrokerClock | None = None,
     ) -> None:
+        self.clock = clock or BrokerClock()
         self.affinity = affinity
         self._fleet = fleet
         self._limits = limits or LimitsInForce(Limits.of(Settings(fleet=fleet)))
@@ -413,9 +416,11 @@ class RedisDelivery:
         """
         leases = [keys.LEASE_INDEX, keys.LEASE_MESSAGES, keys.LEASE_COUNTER, keys.DELAYED, keys.CANCELLED]
         args = [SWEEP_LIMIT, self._lease_ms, keys.DELAYED_PREFIX, self._token(), self.affinity, self._watch_ms]
+        asked = self.clock.steady()
         rows = self._sweep(keys=[*leases, keys.SWEEPING, keys.RELEASED], args=args)
+        self.clock.learn(rows[1] / 1e6, asked, self.clock.steady())
         taken = []
-        for lease, stored in zip(rows[1::2], rows[2::2], strict=True):
+        for lease, stored in zip(rows[2::2], rows[3::2], strict=True):
             name, _, payload = stored.partition(b"\n")
             taken.append(Swept(lease.decode(), name.decode(), payload))
         return _SEEN.get(rows[0], rows[0] / 1000), taken

@@ -88,7 +88,7 @@ class FleetConsumer(Consumer):
         queue = str(message.delivery_info.get("routing_key"))
         logger.error("a message on %s went to the dead letters: %s", queue, error)
         body = message.body if isinstance(message.body, str) else bytes(message.body or b"").decode(errors="replace")
-        item = InFlight(message.delivery_tag, queue, message.headers, message.properties, body, time.time())
+        item = InFlight(message.delivery_tag, queue, message.headers, message.properties, body, self.fleet.clock())
         self.fleet.settler.end([Ending.refused(item, error)])  # where the broker fails, the channel gives it back
         message.channel.qos.forget(item.lease)
 

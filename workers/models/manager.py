@@ -12,6 +12,7 @@ from functools import partial
 
 from shared.contract import Feature, Kind
 from shared.errors import BadRequest, EngineDied, EngineLoadError, FleetError, UnknownModel
+from shared.features import EVERYWHERE
 from shared.limits import Limits, LimitsInForce
 from shared.registry import ServedModel, Weights
 from shared.settings import ModelSpec, Settings
@@ -188,7 +189,7 @@ class ModelManager:
     def serves(self, name: str, kind: Kind, features: frozenset[Feature] = frozenset()) -> bool:
         """Whether a request of this kind for this model can be tried here."""
         spec = self._catalog.get(name)
-        if spec is None or self._error(name) is not None or not features <= self.engine.features:
+        if spec is None or self._error(name) is not None or not features <= self.engine.features | EVERYWHERE:
             return False
         model = self._loaded.get(name)
         return kind in (spec.kinds if model is None else model.kinds)

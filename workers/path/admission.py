@@ -24,6 +24,7 @@ from workers.path.waiting_room import WaitingRoom
 from workers.requests.ending import Ending
 from workers.requests.inflight import InFlight, State
 from workers.requests.table import RequestTable
+from workers.requests.timeouts import reckon
 from workers.routing.fallback import Fallback
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,9 @@ class Admission:
         later = item.due > item.claimed
         if not later and not read_before:
             self._observers.tell("request_received", item)
-        item.request = request = item.validated(args, kwargs)
+        item.request = item.validated(args, kwargs)
+        reckon(item, self._delivery, item.claimed)
+        request = item.request
         if not item.content:
             item.content = content_of(request)
         if (ending := self._expiry.unwanted(item, item.claimed)) is not None:

@@ -15,10 +15,11 @@ Made = Sequence[tuple[InFlight, int]]
 class Progress:
     """Listens to the tokens of an engine's models. From any thread.
 
-    ``report`` is called with what a step has made, where somebody ``listens``.
+    ``report`` is called with what a step has made, where somebody ``listens``; ``clock`` tells seconds since the epoch.
     """
 
-    def __init__(self, report: Callable[[Made], None], listens: Callable[[], bool]) -> None:
+    def __init__(self, report: Callable[[Made], None], listens: Callable[[], bool], clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._report = report
         self._listens = listens
         self._running: dict[str, InFlight] = {}
@@ -46,7 +47,7 @@ class Progress:
 
     def tell(self, made: Sequence[NewTokens]) -> None:
         """A step of the engine has made these; see :data:`workers.engines.base.OnTokens`."""
-        self._last, now = time.monotonic(), time.time()
+        self._last, now = time.monotonic(), self._clock()
         found = [(item, len(new.token_ids)) for new in made if (item := self._running.get(new.request_id)) is not None]
         for item, count in found:
             if count and not item.first_token:

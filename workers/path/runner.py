@@ -81,12 +81,18 @@ Report = Callable[[Event], None]
 class EngineRunner(ABC):
     """The thread of an engine. ``report`` is called on it, or on a thread of the engine, and must not block.
 
-    Tokens are reported where somebody ``listens`` to them.
+    Tokens are reported where somebody ``listens`` to them; ``clock`` tells seconds since the epoch.
     """
 
-    def __init__(self, models: ModelManager, report: Report, listens: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        models: ModelManager,
+        report: Report,
+        listens: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.models = models
-        self.progress = Progress(lambda made: report(TokensMade(made)), listens)
+        self.progress = Progress(lambda made: report(TokensMade(made)), listens, clock)
         self._report = report
         self._inbox: queue.SimpleQueue[Batch[Part] | _Signal] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"engine-{models.engine.name}", daemon=True)
@@ -269,8 +275,14 @@ class BatchRunner(EngineRunner):
 class ContinuousRunner(EngineRunner):
     """Hands requests, each row a batch of its own, to an engine that batches by itself."""
 
-    def __init__(self, models: ModelManager, report: Report, listens: Callable[[], bool] = lambda: False) -> None:
-        super().__init__(models, report, listens)
+    def __init__(
+        self,
+        models: ModelManager,
+        report: Report,
+        listens: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        super().__init__(models, report, listens, clock)
         self._running: set[Part] = set()
 
     def _accept(self, batch: Batch[Part]) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import redis
 
-from shared.broker_checks import check_eviction, check_persistence, check_version
+from shared.broker_checks import SKEW_REMEDY, check_eviction, check_persistence, check_version, skewed
+from shared.clock import SKEW_SECONDS, BrokerClock
 from shared.errors import FleetError
 from shared.findings import Grade
 from shared.masking import masked_url
@@ -24,10 +25,14 @@ FRESH_SECONDS = 0.1
 
 
 class LiveWorkers:
-    """The workers of the fleet, as of the last time the registry was asked. From any thread."""
+    """The workers of the fleet, as of the last time the registry was asked. From any thread.
 
-    def __init__(self, registry: WorkerRegistry) -> None:
+    ``clock`` tells seconds since the epoch.
+    """
+
+    def __init__(self, registry: WorkerRegistry, clock: Callable[[], float] = time.time) -> None:
         self._roster = Roster(registry)
+        self._clock = clock
         self._at = float("-inf")
         self.known: list[WorkerInfo] = []
 
@@ -37,7 +42,7 @@ class LiveWorkers:
 
     def announce(self, worker: WorkerInfo) -> None:
         """Say that ``worker`` lives, and learn who else does."""
-        now = time.time()
+        now = self._clock()
         self.known = self._roster.announce(worker)
         self._at = now
 
@@ -46,7 +51,7 @@ class LiveWorkers:
 
         Many requests may want to know at once.
         """
-        now = time.time()
+        now = self._clock()
         if not max(since, now - FRESH_SECONDS) <= self._at <= now:
             self.known = self._roster.read()
             self._at = now
@@ -67,7 +72,10 @@ class Announcer:
         delivery: Delivery,
         describe: Callable[[], WorkerInfo],
         look: Callable[[float], object],
+        clock: BrokerClock,
     ) -> None:
+        self._clock = clock
+        self._skew = 0.0
         self._client = client
         self._fleet = fleet
         self._registry = registry
@@ -109,6 +117,7 @@ class Announcer:
                 worker_id = info.id
                 self._live.announce(info)
                 self._check_broker()
+                self._check_clock()
                 self._delivery.share_out(sum(engine.max_batch_size for w in self._live() for engine in w.engines))
                 if info.ready:
                     self._look(time.monotonic())
@@ -119,6 +128,17 @@ class Announcer:
             self._registry.leave(worker_id)
         except (redis.RedisError, OSError) as error:
             logger.warning("cannot leave the registry: %s", error)
+
+    def _check_clock(self) -> None:
+        """Say once that this machine's clock is wrong, and when it is right again."""
+        skew = self._clock.ahead or 0.0
+        if abs(skew - self._skew) <= SKEW_SECONDS:
+            return
+        self._skew = skew if abs(skew) > SKEW_SECONDS else 0.0
+        if self._skew:
+            logger.warning("%s; deadlines and delays go by the broker's. Remedy: %s", skewed(skew), SKEW_REMEDY)
+        else:
+            logger.warning("this machine's clock agrees with the broker's again")
 
     def _check_broker(self) -> None:
         """Say once what of the broker's settings would lose requests."""

@@ -9,6 +9,7 @@ import redis
 
 from shared.contract import EngineName
 from shared.errors import ConfigurationError, MissingDependency
+from shared.features import EVERYWHERE
 from shared.limits import LimitsInForce
 from shared.registry import EngineInfo, ServedModel
 from shared.settings import ModelSpec, Settings
@@ -105,7 +106,7 @@ class Roster:
 
         models.on_event = changed
         kind = BatchRunner if models.engine.slots is None else ContinuousRunner
-        runner = kind(models, report, lambda: self._observers.listens("tokens_made"))
+        runner = kind(models, report, lambda: self._observers.listens("tokens_made"), context.clock)
         intake = self.intakes[name.value] = Intake(name.value, runner, context)
         self.runners.append(runner)
         self._expected.pop(name, None)
@@ -122,7 +123,7 @@ class Roster:
         coming = {
             name: EngineInfo(
                 name=name,
-                features=tuple(sorted(engine_class(name).features)),
+                features=tuple(sorted(engine_class(name).features | EVERYWHERE)),
                 models={model: ServedModel(kinds=spec.kinds) for model, spec in self._declared(name).items()},
             )
             for name in list(self._expected)
@@ -139,7 +140,7 @@ class Roster:
         models = runner.models
         return EngineInfo(
             name=models.engine.name,
-            features=tuple(sorted(models.engine.features)),
+            features=tuple(sorted(models.engine.features | EVERYWHERE)),
             models=models.status(),
             max_batch_size=models.engine.slots or (batcher.max_batch_size if batcher.enabled else 1),
             failed={name: str(error)[:LONGEST_REASON] for name, error in models.failures().items()},

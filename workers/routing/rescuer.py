@@ -22,6 +22,7 @@ from workers.broker.errors import BROKER_ERRORS
 from workers.ends.settler import Settler, oldest_in_front
 from workers.requests.ending import Ending
 from workers.requests.inflight import InFlight
+from workers.requests.timeouts import reckon
 from workers.routing.fallback import Fallback, ending_of
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,9 @@ class Rescuer:
             return Ending.refused(InFlight.unreadable(message.lease, queue, message.payload, error), error)
         gone = EngineOutage(f"no live worker serves the {engine} queue")
         try:
-            item.request = request = item.validated(args, kwargs)
+            item.request = item.validated(args, kwargs)
+            reckon(item, self._delivery, now)
+            request = item.request
             if item.due > now:
                 return Ending.delayed(item, item.due)
             if item.expires is not None and item.expires <= now:

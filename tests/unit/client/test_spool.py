@@ -19,6 +19,7 @@ from producer.client.spool_file import Spool
 from producer.client.spool_sender import SpoolSender
 from producer.client.steps import Pause, Steps, Work
 from producer.client.submission import Submission
+from shared.clock import BrokerClock
 from shared.contract import InferenceRequest
 from shared.errors import (
     BadRequest,
@@ -85,7 +86,7 @@ def wait(broker: Broker, one: Submission, *, silent_after: float = 1.0, restarte
         yield Pause(0)
         return restarted
 
-    carry_out(waiting(stepwise(broker), young, silent_after, [one]))
+    carry_out(waiting(stepwise(broker), young, silent_after, BrokerClock(), [one]))
 
 
 class Broker:

@@ -358,3 +358,35 @@ def test_what_is_delayed_past_its_deadline_is_told_at_its_deadline(fleet: Memory
     worker.sweeper.sweep()
 
     assert fleet.error("a").startswith("DeadlineExceeded")
+
+
+@pytest.mark.parametrize("seen_first", [True, False])
+def test_a_timeout_in_a_message_counts_from_when_the_fleet_first_saw_it(fleet: MemoryFleet, seen_first: bool):
+    """Not anew with each claim: a deadline goes with it when it is given back or hops."""
+    worker = fleet.worker(FAKE)
+    worker.runners[FAKE].loaded.clear()
+    fleet.submit("a", ours=False, timeout=4.0)
+    began = fleet.clock()
+    if seen_first:
+        worker.sweeper.sweep()
+    fleet.pass_time(1)
+    worker.runners[FAKE].loaded.set()
+    worker.turn()
+    (item,) = worker.intakes[FAKE].table
+    until = began + 4 + (0 if seen_first else 1)
+    assert item.request is not None
+    assert item.request.deadline == pytest.approx(until)
+    worker.begin_stop()
+    worker.wind_up(hurry=True)
+    fleet.pass_time(1)
+    again = fleet.worker(FAKE)
+    again.turn()
+
+    (item,) = again.intakes[FAKE].table
+    assert item.request is not None
+    assert item.request.deadline == pytest.approx(until)
+    fleet.pass_time(3)
+    again.tend()
+    again.turn()
+    assert fleet.error("a").startswith("DeadlineExceeded")
+    assert fleet.broker.deadlines == {}

@@ -16,7 +16,7 @@ from shared.routing import choose
 from shared.settings import Settings
 from tests.compatibility import RELEASES, read_json
 
-VALUES = {"params.logprobs": 2, "params.json_schema": {"type": "object"}}
+VALUES = {"params.logprobs": 2, "params.json_schema": {"type": "object"}, "timeout": 5.0}
 """A value for each field that needs a feature."""
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from producer.client.submission import checked_id, checked_timeout, prepare
 from shared import wire
+from shared.clock import BrokerClock
 from shared.contract import SCHEMA_DEPTH, InferenceRequest
 from shared.errors import BadRequest
 from shared.json_values import flaw
@@ -70,7 +71,7 @@ NO_REQUESTS = [None, 5, "text", b"bytes", ["model"], {"model"}, object(), float(
 def test_an_odd_request_is_a_bad_one(request_: Any) -> None:
     """One line says why, without half characters of its own."""
     with pytest.raises(BadRequest) as caught:
-        prepare(request_, None)
+        prepare(request_, None, BrokerClock())
 
     told = orjson.loads(wire.failure_meta("x", caught.value))["result"]["exc_message"][0]
     assert 0 < len(told) < 1000

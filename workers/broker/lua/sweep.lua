@@ -22,13 +22,14 @@
 -- ARGV[4]  what makes the ids of these leases unlike all others, should the broker have lost its last writes
 -- ARGV[5]  who sweeps
 -- ARGV[6]  ms that the watch lasts
--- Returns  { ms until the next one is due (-1: none, -2: another worker watches), lease id, list name .. newline .. message, ... }
+-- Returns  { ms until the next one is due (-1: none, -2: another worker watches), the broker's time in microseconds,
+--            lease id, list name .. newline .. message, ... }
 redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
 local LOOKED_AT, RELEASED, BYTES, AT_ONCE = 20000, 5000, 16777216, 100
 local FRONT, MEMORY = 50000, 600
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local out, prefix = { -1 }, ARGV[3]
+local out, prefix = { -1, time[1] * 1000000 + time[2] }, ARGV[3]
 
 -- Leases in the order in which they were made: their names begin with a counter.
 local function before(a, b)
