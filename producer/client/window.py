@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from producer.client.records import POLL_SECONDS, Outcome
@@ -63,17 +63,18 @@ class Reading:
 
     arrival = None
 
-    def __init__(self, items: Iterable[Item]) -> None:
+    def __init__(self, items: Iterable[Item], clock: Callable[[], float] = time.monotonic) -> None:
         self._items: Iterator[Item] = iter(items)
+        self._clock = clock
         self.ended = False
 
     def take(self, most: int) -> list[Item]:
         """The next items. A slow source is asked for no more than one beyond the time for a chunk."""
         taken: list[Item] = []
-        until = time.monotonic() + READING_SECONDS
+        until = self._clock() + READING_SECONDS
         for item in self._items:
             taken.append(item)
-            if len(taken) >= most or time.monotonic() > until:
+            if len(taken) >= most or self._clock() > until:
                 return taken
         self.ended = True
         return taken

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 
@@ -14,6 +13,7 @@ from producer.client.submitted import Submitted
 from producer.client.window import CHUNK, Reading, Window
 from shared.contract import EngineName, InferenceRequest, InferenceResult
 from shared.errors import BadRequest, BrokerUnavailable, FleetError, QueueFull
+from tests.support.clock import ManualClock
 
 
 def result(name: str) -> InferenceResult:
@@ -74,9 +74,9 @@ def drive(steps: Steps):
         return end.value
 
 
-def through(fleet: Fleet, items: Iterable, size: int = 512) -> Iterator[Outcome]:
+def through(fleet: Fleet, items: Iterable, size: int = 512, clock: ManualClock | None = None) -> Iterator[Outcome]:
     """The outcomes of the items."""
-    window = Window(Reading(items), size, None, patient=True)
+    window = Window(Reading(items, clock or ManualClock()), size, None, patient=True)
     while (outcome := drive(window.next(fleet))) is not None:
         yield outcome
 
@@ -162,15 +162,15 @@ def test_the_first_outcome_does_not_wait_for_a_full_window() -> None:
 
 def test_a_slow_source_is_not_waited_for() -> None:
     """What it has yielded is submitted, and its outcome is there when the next item is."""
-    read = []
+    read, clock = [], ManualClock()
 
     def source():
         for number in range(10):
             read.append(number)
             yield {"id": str(number)}
-            time.sleep(0.02)
+            clock.advance(1.0)
 
-    assert shown(next(through(Fleet(), source()))) == "0"
+    assert shown(next(through(Fleet(), source(), clock=clock))) == "0"
     assert len(read) <= 2
 
 
