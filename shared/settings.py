@@ -451,6 +451,9 @@ class FleetSettings(Section):
         None, description="Sign messages and run signed ones only: keys, separated by commas; the first one signs."
     )
     dead_letter_capacity: Positive = Field(10_000, description="Most dead letters kept; the oldest go.")
+    dead_letter_capacity_bytes: Positive = Field(
+        256 * 2**20, description="Most memory that dead letters take in the broker; the oldest go, but not the last."
+    )
     connect_timeout_seconds: PositiveSeconds = Field(1.0, description="Longest wait for a connection to the broker.")
     socket_timeout_seconds: PositiveSeconds = Field(5.0, description="Longest wait for the broker's answer.")
     remote_control: bool = Field(

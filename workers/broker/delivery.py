@@ -386,6 +386,7 @@ class RedisDelivery:
         terms = {
             "ttl": self._fleet.result_expires_seconds,
             "dead_capacity": self._fleet.dead_letter_capacity,
+            "dead_bytes": self._fleet.dead_letter_capacity_bytes,
             "delayed": keys.DELAYED_PREFIX,
             "leases": [settlement.terms(payloads) for settlement in settlements],
         }

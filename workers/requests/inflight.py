@@ -133,7 +133,8 @@ class InFlight:
         self.content = given_content(own.get("content"))
         self.address = wire.address_of(headers.get("id")) or wire.address_of(properties.get("correlation_id"))
         self.reply = wire.reply_of(headers)
-        self.foreign = HANDLED.isdisjoint(own)  # others than our own client have sent it, and no worker has handled it
+        # Others than our own client have sent it, and no worker has handled it; without an id it is like no other.
+        self.foreign = self.id != lease and HANDLED.isdisjoint(own)
         sent = own.get("sent")
         self.sent = float(sent) if isinstance(sent, int | float) and 0 < sent <= claimed else claimed
         self.hops = _hops(own.get("hops"))

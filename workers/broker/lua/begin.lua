@@ -30,6 +30,11 @@ local function verdict(lease, id, content)
   return 'run'
 end
 
+local old = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now - 1000 * ARGV[1], 'LIMIT', 0, 1000)
+if #old > 0 then -- as each submission does, where there are none
+  redis.call('ZREM', KEYS[2], unpack(old))
+  redis.call('HDEL', KEYS[3], unpack(old))
+end
 local out = {}
 for i = 2, #ARGV, 3 do out[#out + 1] = verdict(ARGV[i], ARGV[i + 1], ARGV[i + 2]) end
 return out

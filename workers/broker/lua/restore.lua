@@ -6,7 +6,7 @@
 -- KEYS[3]  muai:doubting  who looks
 -- ARGV     for each request three arguments: its id, when it was submitted, 1 where it is nowhere, 0 where it was found
 -- Returns  the ids that were pushed
-redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, unless it is one that needs no room
+redis.call('PERSIST', KEYS[2]) -- a full broker refuses a script's first write, unless it is one that needs no room
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local pushed = {}

@@ -17,6 +17,7 @@
 -- KEYS[9]  muai:cancelled       zset result key -> time of cancellation, ms
 -- ARGV[1]  JSON: { ttl            seconds that results and reply streams are kept
 --                  dead_capacity  most dead letters kept
+--                  dead_bytes     most memory that they take
 --                  delayed        prefix of delayed leases
 --                  leases         a list of settlements }
 -- ARGV[2+] payloads: records and messages
@@ -42,7 +43,7 @@ redis.call('PERSIST', KEYS[1]) -- a full broker refuses a script's first write, 
 local LOST, DONE, CANCELLED, ANSWERED = 0, 1, 2, 3
 local STANDS = { SUCCESS = ANSWERED, FAILURE = ANSWERED, REVOKED = CANCELLED }
 local terms = cjson.decode(ARGV[1])
-local replies, settled, ended = {}, {}, {}
+local replies, settled, ended, died = {}, {}, {}, false
 
 -- Write a result; returns the record that stands, the one given or the terminal one that was there before, and how so.
 local function record_result(key, record)
@@ -104,6 +105,7 @@ local function settle(it)
   end
   if it.reason then
     redis.call('XADD', KEYS[3], 'MAXLEN', '~', terms.dead_capacity, '*', 'list', list, 'reason', it.reason, 'message', claimed)
+    died = true
   end
   return DONE
 end
@@ -119,5 +121,12 @@ if #ended > 0 then
 end
 for stream in pairs(replies) do
   redis.call('EXPIRE', stream, terms.ttl)
+end
+if died then -- the oldest eighth goes, and again, until the rest fits
+  local left = redis.call('XLEN', KEYS[3])
+  while left > 1 and redis.call('MEMORY', 'USAGE', KEYS[3], 'SAMPLES', 0) > terms.dead_bytes do
+    redis.call('XTRIM', KEYS[3], 'MAXLEN', math.floor(left * 7 / 8))
+    left = redis.call('XLEN', KEYS[3])
+  end
 end
 return written
