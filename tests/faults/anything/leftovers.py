@@ -13,8 +13,9 @@ WITH_AN_END = ("celery-task-meta-*", "celery-taskset-meta-*", "muai:reply:*", "m
 """Kept for a time: they have an expiry."""
 
 KEPT = (
-    keys.WORKERS_SEEN, keys.WORKERS_INFO, keys.WORKERS_MORE, keys.LEASE_COUNTER, "muai:queue:*", keys.CANCELLED,
+    "muai:workers:*", "muai:seal", keys.LEASE_COUNTER, "muai:queue:*", keys.CANCELLED,
     keys.DEAD_LETTERS, keys.IN_FLIGHT, "_kombu.binding*", "muai:released", "muai:sweeping",
+    "muai:looked", "muai:doubting",
 )  # fmt: skip
 """Of the fleet, and bounded in number."""
 
