@@ -96,13 +96,13 @@ def test_a_member_that_failed_fails_the_body(backend: ChordBackend, redis_client
     assert b"FAILURE" in redis_client.get(keys.result_key("body"))
 
 
-def test_an_end_that_two_workers_tell_of_is_told_once(backend: ChordBackend, redis_client: redis.Redis) -> None:
+def test_an_end_that_two_workers_tell_of_is_told_once(broker, backend: ChordBackend, redis_client: redis.Redis) -> None:
     """Both have seen that there is none yet: one record is written and published, and it stands."""
     heard = redis_client.pubsub(ignore_subscribe_messages=True)
     heard.subscribe(keys.result_key("later"))
     heard.get_message(timeout=5)
     none_yet = backend._get_task_meta_for("later")
-    other: ChordBackend = create_app(settings_of(EngineName.FAKE, redis_url=backend.url)).backend
+    other: ChordBackend = create_app(settings_of(EngineName.FAKE, redis_url=broker.url)).backend
     for one, state in ((backend, "REVOKED"), (other, "FAILURE")):
         one._get_task_meta_for = lambda _: none_yet
         one.store_result("later", ValueError("no"), state)
