@@ -128,7 +128,10 @@ class Requests:
 
         What does not come by itself is not looked for.
         """
-        future = self.future_of(submitted)
+        before, future = submitted.future, self.future_of(submitted)
+        if future is not before and not future.done():
+            with suppress(BrokerUnavailable):  # it is looked up again
+                yield from self._watch([submitted.id])
         outcome: Outcome | None = future.result() if (yield Wait(future, seconds, other)) else None
         return outcome
 
