@@ -24,7 +24,8 @@ RESULT_SECONDS = 3
 DEAD_BYTES = 200_000
 
 BY_THEMSELVES = (keys.result_key(""), "celery-taskset-meta-", keys.REPLY_PREFIX, "muai:running:", "muai:rate:",
-                 keys.RELEASED, keys.SWEEPING, keys.DOUBTED, keys.DOUBTING, keys.CANCELLED, "muai:parity:")  # fmt: skip
+                 "muai:parity:", keys.RELEASED, keys.LOOKED, keys.SWEEPING, keys.DOUBTED, keys.DOUBTING,
+                 keys.CANCELLED)  # fmt: skip
 """Keys that begin so expire."""
 
 STAY = (keys.DEAD_LETTERS, keys.SEAL, keys.LEASE_COUNTER, keys.CANCELLED, "muai:workers:", "muai:queue:", "_kombu.",

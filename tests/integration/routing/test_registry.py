@@ -109,7 +109,7 @@ class Registry:
     def read(self) -> tuple[list[int], bool]:
         """Who lives, as far as the roster knows; and whether it read all of them."""
         self._tick()
-        whole = self.registry.changes(self.roster._known[0]).whole
+        whole = self.registry.changes(self.roster._known.since).whole
         return [worker.pid for worker in self.roster.read()], whole
 
     def _tick(self) -> None:
@@ -132,7 +132,7 @@ def test_who_asks_again_is_told_what_has_changed(registry: Registry) -> None:
     registry.announce(1, 2, in_flight=7)
     registry.leave(3)
     registry.announce(4)
-    changes = registry.registry.changes(registry.roster._known[0])
+    changes = registry.registry.changes(registry.roster._known.since)
     assert (sorted(changes.workers), changes.gone) == ([worker_of(4).id], {worker_of(3).id})
     assert registry.read() == ([1, 2, 4], False)
 
