@@ -13,6 +13,7 @@ from shared.errors import (
     ConfigurationError,
     ContextTooLong,
     FleetError,
+    IdConflict,
     MissingDependency,
     NoEngineAvailable,
     Overloaded,
@@ -40,7 +41,8 @@ class Exit(IntEnum):
 
 
 _REFUSALS = (
-    BrokerRefused, ContextTooLong, NoEngineAvailable, Overloaded, PayloadTooLarge, UnknownModel, UnsupportedKind,
+    BrokerRefused, ContextTooLong, IdConflict, NoEngineAvailable, Overloaded, PayloadTooLarge, UnknownModel,
+    UnsupportedKind,
 )  # fmt: skip
 _OF_THE_MACHINE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE})
 

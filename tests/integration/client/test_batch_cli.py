@@ -303,7 +303,7 @@ def test_a_changed_input_is_refused(fleet, tmp_path):
     status, _, err = muai(fleet, *arguments)
 
     assert (status, err.count("\n")) == (2, 1)
-    assert "line 2 is not the line that was answered before" in err
+    assert "line 2 has another content than when it was answered" in err
     assert target.read_bytes() == before
 
 

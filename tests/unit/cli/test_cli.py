@@ -111,6 +111,7 @@ def test_an_outage_is_told_from_wrong_use(muai, arguments, message):
         (errors.QuotaExceeded(), Exit.REFUSED),
         (errors.UnknownModel(), Exit.REFUSED),
         (errors.PayloadTooLarge(), Exit.REFUSED),
+        (errors.IdConflict(), Exit.REFUSED),
         (errors.BrokerRefused(), Exit.REFUSED),
         (errors.BrokerUnavailable(), Exit.OUTAGE),
         (errors.BrokerFull(), Exit.OUTAGE),
