@@ -6,6 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from producer.client.spool_sender import SpoolSender
@@ -53,6 +54,7 @@ def waiting(
             raise
         except BrokerUnavailable:
             away, there = True, float("inf")
+            submissions = [replace(submission, tried=True) for submission in submissions]
             deadlines = [submission.by(clock).request.deadline for submission in submissions]
             last = min((deadline for deadline in deadlines if deadline is not None), default=float("inf"))
             if clock() + pause >= last:

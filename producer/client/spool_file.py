@@ -62,7 +62,7 @@ class Spooled:
 
     def submission(self) -> Submission:
         """What is to be submitted; raise :class:`BadRequest` where the request is not a valid one."""
-        return Submission(self.request(), orjson.loads(self.headers) if self.headers else {})
+        return Submission(self.request(), orjson.loads(self.headers) if self.headers else {}, tried=True)
 
 
 class Spool:

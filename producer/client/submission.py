@@ -28,12 +28,14 @@ class Submission:
     """A checked request, and the further headers of its message.
 
     ``offset`` is by how much the broker's clock, by which the deadline is reckoned, was taken to be ahead of this
-    process' steady clock; ``None`` where another process has made it.
+    process' steady clock; ``None`` where another process has made it. One that was ``tried`` may have been submitted
+    already, and have ended: then that is its end.
     """
 
     request: InferenceRequest
     headers: Mapping[str, str] = field(default_factory=dict)
     offset: float | None = None
+    tried: bool = False
 
     def by(self, clock: BrokerClock) -> Submission:
         """The same, its deadline by what is known of the broker's clock now: before, it may not have been known."""

@@ -83,6 +83,7 @@ class Submitter:
             if submission.request.deadline is not None
         }
         args.append(wire.dumps(deadlines) if deadlines else "")
+        args.append(int(any(submission.tried for submission, _ in submissions)))
         for group in everything:
             args += (group.name, *self._rate(group.tenant), len(group.places))
             args += group.arguments

@@ -2,8 +2,10 @@
 -- Push new requests, all of them or none: each id once, no queue past its capacity, no tenant past its rate.
 --
 -- An id stands for its content. While it is under way, or has its result, it is not pushed again: the same content is known,
--- another content is a conflict. Whether what should be under way has a message at all is for a worker to look. A request that failed or was cancelled may be submitted again: its record goes. A queue is full at its capacity, by number or by bytes;
--- a tenant with less than an equal share of the capacity waiting is let in all the same, so that nobody can fill a queue
+-- another content is a conflict. Whether what should be under way has a message at all is for a worker to look. A request that
+-- failed or was cancelled may be submitted again: its record goes. But where a submit is tried again by itself, because it is
+-- not known what became of it, that record may be its own, and stands. A queue is full at its capacity, by number or by
+-- bytes; a tenant with less than an equal share of the capacity waiting is let in all the same, so that nobody can fill a queue
 -- against the others: what waits stays under twice the capacity.
 --
 -- KEYS[1]   muai:underway   zset request id -> when it was submitted, ms
@@ -15,7 +17,8 @@
 -- ARGV[2]   capacity of a queue, messages
 -- ARGV[3]   capacity of a queue, bytes
 -- ARGV[4]   the deadlines of those that have one, ms, JSON by their ids; '' where none has
--- ARGV[5+]  for each list: the list; requests a second that its tenant may submit (0: any number) and how many at once;
+-- ARGV[5]   1 where this submit was tried before
+-- ARGV[6+]  for each list: the list; requests a second that its tenant may submit (0: any number) and how many at once;
 --           the number of its requests, at most 1000; for each of them its id, its content's digest and its message
 -- Returns   { 'ok', one 1 or 0 a request: 0 where it was known }
 --           { 'conflict', ids that stand for another content }
@@ -25,7 +28,7 @@ local ttl, capacity, most_bytes = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local deadlines = ARGV[4] ~= '' and cjson.decode(ARGV[4])
-local groups, at = {}, 5
+local groups, at = {}, 6
 while at <= #ARGV do
   local list, count = ARGV[at], tonumber(ARGV[at + 3])
   local queue, tenant = parts(list)
@@ -64,7 +67,7 @@ local function news(group)
     elseif not content then
       local status
       if answered then status, content = read(results[n]) end
-      known = status == 'SUCCESS'
+      known = status == 'SUCCESS' or ARGV[5] == '1' and (status == 'FAILURE' or status == 'REVOKED')
       if status and not known then again[#again + 1] = results[n] end
     end
     if content and content ~= ARGV[place + 1] then

@@ -133,7 +133,8 @@ SCENARIOS = {
     "anything": Scenario(
         run_seeds,
         full={"seeds": range(100)},
-        short={"seeds": (0, 1), "shrink": 0.0},
+        # of every style but that of the clocks, and none that takes long
+        short={"seeds": (10, 21, 715, 17, 89, 100, 109, 34, 130, 16, 45, 108), "shrink": 0.0},
     ),
     "clock-steps": Scenario(
         clocks.clock_steps,

@@ -10,13 +10,11 @@ from tests.faults.anything.composition import Composition
 from tests.faults.anything.draw import STYLES, compose
 from tests.faults.anything.run import anomalies_of
 from tests.faults.anything.shrink import shrunk
-
-SEEDS = (10, 21, 715, 17, 89, 100, 109, 34, 130, 16, 45, 108)
-"""Of every style but that of the clocks, and none that takes long."""
+from tests.faults.suite import SCENARIOS
 
 
 @pytest.mark.timeout(170)
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", SCENARIOS["anything"].short["seeds"])
 def test_what_must_always_hold(seed: int, tmp_path: Path) -> None:
     """Each accepted id ends once, in time and truly; who waits is told; limits are kept; nothing is left behind."""
     made = compose(seed)

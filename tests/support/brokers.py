@@ -107,7 +107,7 @@ class RedisSide:
     ) -> bool:
         self._set_clock()
         late = wire.dumps({request_id: deadline * 1000}) if deadline is not None else ""
-        terms = [3600, 10_000, 2**30, late, list_name, 0, 0, 1, request_id, content, message]
+        terms = [3600, 10_000, 2**30, late, 0, list_name, 0, 0, 1, request_id, content, message]
         answer = self._submit(keys=SCRIPT_KEYS, args=terms)
         if answer[0] == b"conflict":
             raise IdConflict

@@ -10,6 +10,9 @@ import pytest
 
 from producer import AsyncClient, Client
 from producer.batch.run import AnswerFile, BatchOptions, run_batch
+from producer.client.spool_file import Spool
+from producer.client.submission import Submission
+from shared.contract import InferenceRequest
 from shared.errors import EngineError, FleetError, IdConflict
 from tests.support.fleet import FleetUnderTest
 from tests.support.requests import ECHO, bare_app
@@ -143,6 +146,29 @@ def test_a_cancelled_request_may_be_submitted_again(make_fleet) -> None:
         return told(outcome) == "cba"
 
     eventually(answered, 10, "the request that was cancelled before")
+
+
+@pytest.mark.parametrize("end", ["cancelled", "failed"])
+def test_a_submit_that_is_tried_again_by_itself_runs_nothing_again(
+    fleet: FleetUnderTest, tmp_path: Path, end: str
+) -> None:
+    """What waits in the spool may have been taken, and have ended, before: that end stands."""
+    request_id = f"tried-{end}"
+    if end == "cancelled":
+        fleet.client.cancel(request_id)
+    else:
+        with pytest.raises(EngineError):
+            fleet.client.submit(echo("!fail", request_id)).result(10)
+    before = fleet.client.recover(request_id)
+    spool = Spool(tmp_path / "spool", 10**6)
+    prompt = "!fail" if end == "failed" else "abc"
+    spool.add([Submission(InferenceRequest.parse(echo(prompt, request_id)))])
+
+    assert fleet.client.deliver(spool) == 1
+
+    spool.close()
+    assert sum(fleet.client.queue_lengths().values()) == 0
+    assert str(fleet.client.recover(request_id)) == str(before)
 
 
 def test_batch_runs_do_not_get_each_others_answers(fleet: FleetUnderTest, tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ STEPS = {
 }
 """What is told of each; of those that are not named, that they failed, and nothing else."""
 
+LATE = {"deadline", "expired"}
+
 
 def send(fleet: FleetUnderTest, app: Celery) -> dict[str, str]:
     """Each end, alone and as a chord's member. Returns what each is called, by its id."""
@@ -86,7 +88,10 @@ def events(broker, tmp_path_factory) -> Iterator[dict[str, list[str]]]:
 @pytest.mark.parametrize("name", BAD)
 def test_each_end_is_told_once(name: str, place: str, events: dict[str, list[str]]) -> None:
     """What was received ends; what started ends; and nothing ends twice."""
-    assert events[f"{name}, {place}"] == STEPS.get(name, ["task-failed"])
+    told, steps = events[f"{name}, {place}"], STEPS.get(name, ["task-failed"])
+
+    # What is late may be found on its list, before a worker has claimed it.
+    assert told == steps or (name in LATE and told == steps[1:])
 
 
 def test_an_answer_is_told_once(events: dict[str, list[str]]) -> None:
