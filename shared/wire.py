@@ -17,7 +17,6 @@ import os
 import socket
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -157,7 +156,7 @@ def loads_object(payload: bytes | str) -> dict[str, Any]:
         value = orjson.loads(payload)
     except orjson.JSONDecodeError as error:
         try:
-            value = _cleaned(loads(payload))
+            value = _cleaned(json.loads(payload))
         except (ValueError, RecursionError):
             raise UndecodableMessage(f"the message is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -166,18 +165,22 @@ def loads_object(payload: bytes | str) -> dict[str, Any]:
 
 
 def loads(text: bytes | str) -> Any:
-    """The value of a JSON text, also of one that Python's own writer has made of what JSON cannot say.
+    """The value of a JSON text, also of one in which Python's own writer has put half a character.
 
-    Lone surrogates and numbers that are not finite come out as they went in: whoever reads on finds them wrong, and can
-    say where. Raises :class:`orjson.JSONDecodeError` for what is no JSON at all.
+    It comes out as it went in: whoever reads on finds it wrong, and can say where. Raises :class:`BadRequest` for
+    numbers that JSON does not have, and :class:`orjson.JSONDecodeError` for what is no JSON at all.
     """
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:
+        found: list[str] = []
         try:
-            return json.loads(text)
+            value = json.loads(text, parse_constant=found.append)
         except (ValueError, RecursionError):
             raise error from None
+    if found:
+        raise BadRequest(f"the message's body holds {found[0]}, which JSON does not have")
+    return value
 
 
 def _cleaned(value: Any) -> Any:
@@ -230,14 +233,6 @@ def decode_envelope(payload: bytes, max_bytes: int | None = None) -> dict[str, A
             headers[name] = nothing
     envelope["body"], properties["body_encoding"] = body, None
     return envelope
-
-
-def not_json(text: str) -> str:
-    """What Python's encoder writes into ``text`` that JSON does not have; empty where it is something else."""
-    found: list[str] = []
-    with suppress(ValueError, RecursionError):
-        json.loads(text, parse_constant=found.append)
-    return f"holds {found[0]}, which JSON does not have" if found else ""
 
 
 def usable_id(value: object) -> str:

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
-import orjson
 from pydantic import ValidationError
 
 from shared import keys, wire
@@ -166,9 +165,8 @@ class InFlight:
         """The positional arguments, keyword arguments and canvas of the task call."""
         try:
             args, kwargs, embed = wire.loads(self.body)
-        except (orjson.JSONDecodeError, TypeError, ValueError):
-            what = wire.not_json(self.body) or "is not a JSON list of args, kwargs and embed"
-            raise UndecodableMessage(f"the message's body {what}") from None
+        except (TypeError, ValueError):
+            raise UndecodableMessage("the message's body is not a JSON list of args, kwargs and embed") from None
         if not isinstance(args, list) or not isinstance(kwargs, dict):
             raise UndecodableMessage("the message's args and kwargs are not a list and an object")
         return args, kwargs, _canvas(embed)

@@ -219,7 +219,7 @@ def test_what_is_wrong_with_a_message_is_what_is_said(fleet: FleetUnderTest, pro
 
     with pytest.raises(Exception, match=says) as error:
         answer.get(timeout=10)
-    assert type(error.value).__name__ == "UndecodableMessage"
+    assert type(error.value).__name__ == ("UndecodableMessage" if protocol == 1 else "BadRequest")
 
 
 def test_any_task_of_protocol_1_is_told_what_is_wrong(fleet: FleetUnderTest) -> None:

@@ -23,7 +23,7 @@ def give_up(fleet: FleetUnderTest, request_id: str) -> None:
         eventually(lambda: any(w.in_flight for w in fleet.client.fleet()) or handle.done(), what="the request's start")
         process.kill()
         process.wait()
-        if handle.look() is not None:
+        if fleet.client.recover(request_id) is not None:
             break
     with pytest.raises(DeadLettered):
         handle.result(20)
