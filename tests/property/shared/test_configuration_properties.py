@@ -35,7 +35,9 @@ RELATED = {
 }
 INDEPENDENT = [option for option in options() if option.key not in RELATED]
 TEXTS = {
-    "^(redis|rediss|unix)://": st.sampled_from(["redis://h:1/0", "rediss://:p@h", "unix:///s"]),
+    r"^(redis|rediss|unix|redis\+socket|sentinel)://": st.sampled_from(
+        ["redis://h:1/0", "rediss://:p@h", "unix:///s", "redis+socket:///s", "sentinel://h:1,i:2/0?master=m"]
+    ),
     "^https?://": st.sampled_from(["http://a:1", "https://b/c"]),
     "^/": st.sampled_from(["/", "/x/y"]),
     r"^(auto|cpu|cuda(:\d+)?)$": st.sampled_from(["auto", "cpu", "cuda", "cuda:3"]),
