@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import kombu.pools
 import redis
 import yaml
 from celery import Celery
@@ -48,6 +49,7 @@ def fleet_on(
 ) -> Iterator[FleetUnderTest]:
     """A fleet with one worker on an empty database of the broker."""
     url = f"{broker.url.rpartition('/')[0]}/{database}"
+    kombu.pools.reset()  # what earlier tests have connected to it, others may have cut
     with redis.Redis.from_url(url) as client:
         client.flushdb()
     config = folder / "fleet.yaml"

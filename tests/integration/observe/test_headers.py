@@ -104,7 +104,7 @@ def test_headers_survive_a_hop_and_a_killed_worker(tmp_path, make_fleet) -> None
     with Client(settings=fleet.settings, headers=headers_of) as client:
         handle = client.submit(ECHO, timeout=120)
         doomed = start_noting(fleet, notes)
-        eventually(notes.exists, 60, "the first run")
+        eventually(lambda: notes.exists() and notes.read_text().endswith("\n"), 60, "the first run")
         doomed.kill()
         start_noting(fleet, notes)
 
