@@ -78,7 +78,8 @@ class Requests:
 
     def checked(self, request: RequestLike) -> InferenceRequest:
         """The request that a caller gives; raises :class:`~shared.errors.BadRequest` where it is not a valid one."""
-        return prepare(request, None, self.clock).again(self.clock)
+        submission = prepare(request, None, self.clock)
+        return submission.request if submission.request.deadline is None else submission.again(self.clock)
 
     def send(self, submissions: Sequence[Submission]) -> Steps[None]:
         """Choose an engine for each and push all of them, each id once; one that has its answer gets it."""
