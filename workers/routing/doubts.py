@@ -21,7 +21,7 @@ from shared.contract import EngineName
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 2.0
 """How often it is looked whether there is something to look for."""
 
 BUDGET_SECONDS = 0.015

@@ -219,7 +219,8 @@ def test_a_tenant_at_its_share_keeps_no_idle_worker_busy(make_fleet, redis_clien
     eventually(lambda: commands()[1] > since + 4_000_000)
     after, until = commands()
     ours = 2 * (until - since) / 50_000  # two for each of the test's own looks
-    assert (after - before - ours) / (until - since) * 1_000_000 < 50 * len(workers)
+    # It counts those inside scripts too. Each worker that spun made thousands.
+    assert (after - before - ours) / (until - since) * 1_000_000 < 80 * len(workers)
     assert fleet.client.queue_lengths()["fake"] == 35
     assert fleet.client.cancel(first.id)
     eventually(lambda: fleet.client.queue_lengths()["fake"] == 34, what="the start of the tenant's next request")
