@@ -17,6 +17,9 @@ from shared.errors import BrokerUnavailable, ClientClosed, FleetError, Overloade
 CHUNK = 64
 """Requests that are submitted at once."""
 
+LOOKING_SECONDS = 0.02
+"""How often it is looked for the next outcome while there is more to submit: each look is a question to the broker."""
+
 READING_SECONDS = 0.01
 """How long a source is read for one chunk: what a slow one has yielded does not wait for the rest."""
 
@@ -100,6 +103,7 @@ class Window:
         self._at_once = self._chunk
         self._singly = 0
         self._not_before = 0.0
+        self._looked = 0.0
 
     def next(self, requests: Submitting) -> Steps[Outcome | None]:
         """The next outcome, in the order of the items; ``None`` after the last. Submits what there is room for."""
@@ -128,7 +132,11 @@ class Window:
             return (yield from self._requests.outcome(first, None, through_outages=self._patient))
         pause = self._not_before - time.monotonic() if self._read else 0.0
         if pause <= 0:
-            return (yield from self._requests.ready(first, 0.0))
+            if time.monotonic() < self._looked + LOOKING_SECONDS:
+                return None
+            outcome = yield from self._requests.ready(first, 0.0)
+            self._looked = time.monotonic()
+            return outcome
         try:
             return (yield from self._requests.outcome(first, pause, through_outages=self._patient))
         except TimeoutError:

@@ -47,8 +47,11 @@ class WaitingRoom:
 
     def add(self, item: InFlight, request: InferenceRequest, now: float, *, alone: bool = False) -> None:
         """Let a request wait; ``alone``: for a batch of its own, at once. Times are in seconds since the epoch."""
-        item.rows = rows = Rows(request, self._sizes.tokens_by_row(request))
-        self._batcher.add(item, ALONE if alone else self._key(request), rows.tokens, now, begun=alone)
+        tokens, bucket = self._sizes.measured(request)
+        item.rows = rows = Rows(request, tokens)
+        # Requests with the same key may share a batch.
+        key = ALONE if alone else (request.model, self._engine.compatibility(request), bucket)
+        self._batcher.add(item, key, rows.tokens, now, begun=alone)
 
     def most(self) -> int:
         """How many requests like those of late make a full batch."""
@@ -112,10 +115,6 @@ class WaitingRoom:
         return self._times.least(self._like(request), now)
 
     # -- rules ------------------------------------------------------------------------------------------------------
-
-    def _key(self, request: InferenceRequest) -> Hashable:
-        """Requests with the same key may share a batch."""
-        return request.model, self._engine.compatibility(request), self._sizes.bucket(request)
 
     def _like(self, request: InferenceRequest) -> Hashable:
         """Requests that take about as long share this: those of like sizes, each within a factor of two."""

@@ -39,14 +39,11 @@ class TokenEstimator:
         self.tokens = Typical()
         """Tokens of requests that were started."""
 
-    def tokens_by_row(self, request: InferenceRequest) -> list[int]:
-        """Tokens of each row, its prompt and its longest completion together."""
+    def measured(self, request: InferenceRequest) -> tuple[list[int], int]:
+        """Tokens of each row, its prompt and its longest completion together; the bucket of the longest prompt."""
         completion = request.params.max_tokens if request.generates else 0
-        return [prompt + completion for prompt in self._prompts(request)]
-
-    def bucket(self, request: InferenceRequest) -> int:
-        """Which of the length buckets the longest prompt falls into."""
-        return bisect_left(self._buckets, max(self._prompts(request)))
+        prompts = self._prompts(request)
+        return [prompt + completion for prompt in prompts], bisect_left(self._buckets, max(prompts))
 
     def started(self, tokens: Sequence[int]) -> None:
         """A request with rows of these sizes was started."""

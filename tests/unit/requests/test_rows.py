@@ -102,25 +102,28 @@ def test_each_row_counts_with_its_own_length_and_completion():
     estimator = TokenEstimator((10, 100))
     texts = ["x" * 40, "x" * 4, "x" * 400]
 
-    assert estimator.tokens_by_row(request_of("embed", texts)) == [11, 2, 101]
-    assert estimator.tokens_by_row(request_of("summarize", texts, params={"max_tokens": 50})) == [61, 52, 151]
+    assert estimator.measured(request_of("embed", texts))[0] == [11, 2, 101]
+    assert estimator.measured(request_of("summarize", texts, params={"max_tokens": 50}))[0] == [61, 52, 151]
     pairs = [int((6 + len(text)) / CHARACTERS_PER_TOKEN) + 1 for text in texts]
-    assert estimator.tokens_by_row(request_of("rerank", texts)) == pairs
+    assert estimator.measured(request_of("rerank", texts))[0] == pairs
 
 
 def test_requests_share_batches_by_their_longest_text():
     """Many short texts are as short as one."""
     estimator = TokenEstimator((10, 100))
 
-    assert estimator.bucket(request_of("embed", ["x" * 20] * 500)) == estimator.bucket(request_of("embed", ["x" * 20]))
-    assert estimator.bucket(request_of("embed", ["x", "x" * 200])) == 1
+    assert (
+        estimator.measured(request_of("embed", ["x" * 20] * 500))[1]
+        == estimator.measured(request_of("embed", ["x" * 20]))[1]
+    )
+    assert estimator.measured(request_of("embed", ["x", "x" * 200]))[1] == 1
 
 
 def test_a_query_is_read_beside_each_text():
     estimator = TokenEstimator(())
     estimator.learn(request_of("rerank", ["x" * 4] * 10), prompt_tokens=100)
 
-    assert estimator.tokens_by_row(request_of("rerank", ["x" * 4] * 2)) == [11, 11]
+    assert estimator.measured(request_of("rerank", ["x" * 4] * 2))[0] == [11, 11]
 
 
 def test_a_few_large_requests_do_not_make_the_others_seem_large():
