@@ -20,6 +20,8 @@ FIELD = "seal"
 WRITTEN = ("deliveries", "hops")
 """Of our own header: what workers write, and believe only where it is sealed."""
 
+_WRITTEN = frozenset(WRITTEN)
+
 FRESH_SECONDS = 5.0
 """How old the secret may be where it is used to seal, or does not fit. A broker that was emptied has another."""
 
@@ -50,7 +52,7 @@ class Seal:
         """Take out of a decoded envelope what no worker has written there."""
         headers = envelope["headers"]
         own = wire.own_header(headers)
-        if not any(name in own for name in WRITTEN) or self._holds(headers, own):
+        if _WRITTEN.isdisjoint(own) or self._holds(headers, own):
             return
         headers[wire.HEADER] = {name: value for name, value in own.items() if name not in (*WRITTEN, FIELD)}
 

@@ -309,23 +309,26 @@ class Batcher(Generic[T]):
             waited,
             [range(member.first, member.first + member.taken) for member in chosen],
         )
-        self._take_out(key, group, chosen)
+        self._take_out(key, group, chosen, batch.tokens)
         return batch
 
-    def _take_out(self, key: Hashable, group: _Group[T], chosen: Sequence[_Member[T]]) -> None:
-        """What was chosen goes; what remains of it waits behind the others."""
-        through = {member for member in chosen if member.taken == member.rows}
-        partly = [member for member in chosen if member not in through]
-        self._parted = bool(partly) or any(member.begun for member in chosen)
+    def _take_out(self, key: Hashable, group: _Group[T], chosen: Sequence[_Member[T]], tokens: int) -> None:
+        """What was chosen, of so many tokens, goes; what remains of it waits behind the others."""
+        partly = [member for member in chosen if member.taken < member.rows]
+        before = sum(member.begun for member in chosen)
+        begun = len(partly) - before
+        self._parted = bool(partly or before)
+        self._size -= len(chosen) - len(partly)
+        self._begun += begun
+        group.begun += begun
+        group.rows -= sum(member.taken for member in chosen)
+        group.tokens -= tokens
         group.members = deque(member for member in group.members if not member.taken)
-        self._size -= len(through)
-        self._begun += sum(not member.begun for member in partly) - sum(member.begun for member in through)
         for member in partly:
             member.tokens -= sum(member.sizes[member.first : member.first + member.taken])
             member.first, member.taken = member.first + member.taken, 0
             member.begun, member.number = True, self._added
             self._added += 1
             group.members.append(member)
-        group.count()
         if not group.members:
             del self._groups[key]

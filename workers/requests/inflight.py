@@ -128,9 +128,10 @@ class InFlight:
         self.request: InferenceRequest | None = None
         self.rows: Rows | None = None  # since it waits
         own = wire.own_header(headers)
-        self.id = wire.usable_id(headers.get("id")) or wire.usable_id(properties.get("correlation_id")) or lease
+        named = wire.usable_id(headers.get("id"))
+        self.id = named or wire.usable_id(properties.get("correlation_id")) or lease
         self.content = given_content(own.get("content"))
-        self.address = wire.address_of(headers.get("id")) or wire.address_of(properties.get("correlation_id"))
+        self.address = named or wire.address_of(headers.get("id")) or wire.address_of(properties.get("correlation_id"))
         self.reply = wire.reply_of(headers)
         # Others than our own client have sent it, and no worker has handled it; without an id it is like no other.
         self.foreign = self.id != lease and HANDLED.isdisjoint(own)
@@ -329,7 +330,7 @@ def _workers(value: object) -> tuple[str, ...]:
 
 def _time_limits(value: object) -> TimeLimits:
     """The time limits in a header; none is what Celery writes where its sender gave none."""
-    if value is None:
+    if value is None or value == [None, None]:
         return None, None
     if not isinstance(value, list) or len(value) != len(("hard", "soft")) or not all(map(_is_duration, value)):
         raise BadRequest("timelimit must be the hard and the soft time limit, each in seconds or null")

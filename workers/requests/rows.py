@@ -7,8 +7,6 @@ more rows than a batch holds runs in parts. Its answer is the one that it would 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from shared import wire
@@ -26,14 +24,21 @@ SURE: Final = 0.95
 """Share of the expected length of an answer that it will have: rows of numbers differ little."""
 
 
-@dataclass(frozen=True, eq=False)
 class Part:
-    """What of a request runs in one batch: its rows from ``first`` to before ``last``. Equal to itself only."""
+    """What of a request runs in one batch: its rows from ``first`` to before ``last``. Equal to itself only.
 
-    item: InFlight
-    rows: Rows
-    first: int
-    last: int
+    ``whole`` says whether that is all of it. ``request`` is what the engine is given: the same, with these texts.
+    """
+
+    __slots__ = ("first", "item", "last", "request", "rows", "whole")
+
+    def __init__(self, item: InFlight, rows: Rows, first: int, last: int) -> None:
+        self.item = item
+        self.rows = rows
+        self.first = first
+        self.last = last
+        self.whole = last - first == len(rows.tokens)
+        self.request = rows.request if self.whole else rows.request_of(first, last)
 
     @property
     def id(self) -> str:
@@ -47,16 +52,6 @@ class Part:
     def opens(self) -> bool:
         """Whether it is the first of several parts."""
         return self.first == 0 and not self.whole
-
-    @property
-    def whole(self) -> bool:
-        """Whether it is all of the request."""
-        return len(self) == len(self.rows)
-
-    @cached_property
-    def request(self) -> InferenceRequest:
-        """The request that the engine is given: the same, with the texts of these rows."""
-        return self.rows.request if self.whole else self.rows.request_of(self.first, self.last)
 
     def halves(self) -> tuple[Part, Part]:
         """The same in two."""
