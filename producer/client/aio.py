@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn, Self, TypeVar
 
 from producer.client.awaiting import Awaiting
 from producer.client.client import settings_for
-from producer.client.handle import known, not_pickled
+from producer.client.handle import not_pickled
 from producer.client.local import Local
 from producer.client.progress import Progress, reporting
 from producer.client.records import Outcome, RequestStatus
@@ -62,7 +62,7 @@ class AsyncHandle:
 
     def done(self) -> bool:
         """Whether the request has ended, as far as this client knows. Does not ask the broker."""
-        return known(self._submitted) is not None
+        return self._submitted.known is not None
 
     async def status(self) -> RequestStatus:
         """Where the request is now."""
@@ -73,7 +73,7 @@ class AsyncHandle:
 
         Any number of tasks may wait; one that is cancelled takes nobody along.
         """
-        if (outcome := known(self._submitted)) is not None:
+        if (outcome := self._submitted.known) is not None:
             return outcome
         submitted = self._submitted
         return await self._client._carry_out(

@@ -59,7 +59,7 @@ class Handle:
 
     def done(self) -> bool:
         """Whether the request has ended, as far as this process knows. Does not ask the broker."""
-        return known(self._submitted) is not None
+        return self._submitted.known is not None
 
     def status(self) -> RequestStatus:
         """Where the request is now; asks the broker unless it has ended here."""
@@ -73,7 +73,7 @@ class Handle:
         false: then :class:`~shared.errors.BrokerUnavailable` is raised within seconds. Raises
         :class:`~shared.errors.ClientClosed` where the client is, or is closed meanwhile.
         """
-        if (outcome := known(self._submitted)) is not None:
+        if (outcome := self._submitted.known) is not None:
             return outcome
         return self._client.outcome_of(self._submitted, timeout, through_outages=through_outages)
 
@@ -87,12 +87,6 @@ class Handle:
     def cancel(self) -> bool:
         """Cancel the request; ``False`` where it had ended before."""
         return self._client.cancel(self.id)
-
-
-def known(submitted: Submitted) -> Outcome | None:
-    """The outcome of a request, where it is known here; after a fork, also where the parent knew it."""
-    outcome: Outcome | None = getattr(submitted.future, "known", None)
-    return outcome
 
 
 def not_pickled(what: str) -> NoReturn:

@@ -116,8 +116,8 @@ class Requests:
         """
         awaited, future = self._replies.awaited, submitted.future
         if not awaited.has(future) or future.cancelled():
+            known = submitted.known
             (submitted.future,) = self._replies.expect([submitted.id])
-            known = getattr(future, "known", None)
             if known is not None:
                 settle(submitted.future, known)
             else:

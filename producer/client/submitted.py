@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from producer.client.records import Outcome
 from producer.client.steps import AnyFuture
 
 DEADLINE_GRACE_SECONDS = 5.0
@@ -31,6 +32,12 @@ class Submitted:
         self.future = future
         self.deadline = deadline
         self._grace = 0.0
+
+    @property
+    def known(self) -> Outcome | None:
+        """Its outcome, where it is known here; after a fork, also where the parent knew it. Nothing is waited for."""
+        outcome: Outcome | None = getattr(self.future, "known", None)
+        return outcome
 
     def late(self) -> bool:
         """Whether the request's deadline has passed."""

@@ -128,6 +128,8 @@ class Window:
         first = self._under_way[0]
         if not isinstance(first, Submitted):
             return first
+        if (outcome := first.known) is not None:
+            return outcome
         if not busy:
             return (yield from self._requests.outcome(first, None, through_outages=self._patient))
         pause = self._not_before - time.monotonic() if self._read else 0.0
