@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -58,10 +58,11 @@ class ReplicatedBroker:
         self._master.stop()
         self._replica.stop()
 
-    def fail_over(self, lag: float) -> tuple[float, set[str]]:
+    def fail_over(self, lag: float, accepted: Callable[[], set[str]]) -> tuple[float, set[str]]:
         """The replica gets nothing any more, and after ``lag`` seconds takes the place of the master, which is killed.
 
-        Returns when the replica stopped to follow (seconds since the epoch), and the ids that it knows of.
+        Returns when the replica stopped to follow (seconds since the epoch), and those of the ``accepted`` ids that it
+        does not know of. Nothing is accepted between the two masters, so that what the first one took is noted.
         """
         with redis.Redis(port=self._replica.port) as client:
             client.execute_command("REPLICAOF", "NO", "ONE")
@@ -72,11 +73,13 @@ class ReplicatedBroker:
             known = {name.decode() for name in client.zrange(keys.UNDER_WAY, 0, -1)}
             prefix = keys.result_key("")
             known |= {name.decode().removeprefix(prefix) for name in client.scan_iter(f"{prefix}*", 1000)}
+        time.sleep(MARGIN_SECONDS)
+        forgotten = accepted() - known
         self._master = self._replica
         self._proxy.target = self._master.port
         self._proxy.set(Mode.PASS)
         self._replica = self._follow()
-        return cut, known
+        return cut, forgotten
 
     def _start(self) -> EmbeddedBroker:
         self._number += 1
@@ -107,10 +110,9 @@ def failover(folder: Path, *, times: int, ids: int, lag: float = LAG_SECONDS) ->
         with stage.load(RATE) as load:
             for number in range(1, times + 1):
                 load.wait_for(ids * number // (times + 1))
-                cut, known = broker.fail_over(lag)
+                cut, lacking = broker.fail_over(lag, lambda: set(stage.ledger.accepted))
                 windows.append((cut - MARGIN_SECONDS, time.time() + MARGIN_SECONDS))
-                accepted = {one for one, at in stage.ledger.accepted.items() if at < cut + lag}
-                forgotten |= accepted - known
+                forgotten |= lacking
             load.wait_for(ids)
         stage.drain(60)
         lost = [one for one in stage.ledger.look() if one not in forgotten]
