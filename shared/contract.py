@@ -27,7 +27,7 @@ from pydantic import (
 from shared.errors import BadRequest
 from shared.features import Feature as Feature
 from shared.features import drop_unasked, features_of
-from shared.json_values import LONE_SURROGATE, flaw, is_unicode
+from shared.json_values import LONE_SURROGATE, flaw
 
 CONTRACT_VERSION = 1
 TASK_NAME = "muai.infer"
@@ -131,8 +131,8 @@ def _as_tuple(value: object) -> object:
     return (value,) if isinstance(value, str) else _listed(value)
 
 
-Text = Annotated[str, Strict()]
-"""Text, and not bytes that may be some."""
+Text = Annotated[str, Strict(), Field(min_length=0)]
+"""Text, and not bytes that may be some; with any constraint on its length it is also known to be Unicode."""
 
 
 _PRINTABLE = AfterValidator(_printable)
@@ -176,17 +176,6 @@ class Inputs(Value):
     messages: Annotated[tuple[ChatMessage, ...], BeforeValidator(_listed)] | None = None
     texts: Annotated[tuple[Text, ...], BeforeValidator(_as_tuple)] | None = None
     query: Text | None = None
-
-    @model_validator(mode="after")
-    def _texts_are_unicode(self) -> Self:
-        for name, text in (("prompt", self.prompt), ("query", self.query)):
-            if text is not None and not is_unicode(text):
-                raise ValueError(f"{name} {LONE_SURROGATE}")
-        if self.texts is not None and not all(map(is_unicode, self.texts)):
-            raise ValueError(f"one of texts {LONE_SURROGATE}")
-        if self.messages is not None and not all(is_unicode(message.content) for message in self.messages):
-            raise ValueError(f"one of messages {LONE_SURROGATE}")
-        return self
 
     def characters(self) -> int:
         """How many characters the inputs hold: what a size can be estimated from without a tokenizer."""
@@ -325,7 +314,7 @@ def explain(error: ValidationError, root: str = "") -> str:
     found = error.errors(include_url=False, include_input=False, include_context=False)
     for item in found[:_SHOWN_PROBLEMS]:
         where = ".".join(str(part)[:_SHOWN_NAME] for part in ((root,) if root else ()) + item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
+        message = LONE_SURROGATE if item["type"] == "string_unicode" else item["msg"].removeprefix("Value error, ")
         parts.append(f"{where}: {message}" if where else message)
     if len(found) > _SHOWN_PROBLEMS:
         parts.append(f"and {len(found) - _SHOWN_PROBLEMS} more")

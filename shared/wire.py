@@ -219,7 +219,8 @@ def decode_envelope(payload: bytes, max_bytes: int | None = None) -> dict[str, A
     if headers.get("compression"):
         raise UndecodableMessage("the message is compressed; compressed messages are not accepted")
     for name in ("id", "task"):
-        if headers.get(name) and not usable_id(headers[name]):
+        value = headers.get(name)
+        if value and value != TASK_NAME and not usable_id(value):
             raise BadRequest(f"the message's {name} is not a text of at most {LONGEST_ID} printable characters")
     # Nothing is nested deeper than there are brackets; to count those of a long message would take longer.
     flat = len(payload) <= SHORT_BYTES and payload.count(b"{") + payload.count(b"[") <= MAX_HEADER_DEPTH
@@ -228,9 +229,10 @@ def decode_envelope(payload: bytes, max_bytes: int | None = None) -> dict[str, A
     body = _body(envelope.get("body"), properties.get("body_encoding"))
     if len(payload) > MAX_HEADER_BYTES and len(payload) > ESCAPED * len(body.encode()) + MAX_HEADER_BYTES:
         raise UndecodableMessage(f"the message's headers are more than {MAX_HEADER_BYTES} bytes")
-    for name, nothing in (("argsrepr", "()"), ("kwargsrepr", "{}")):
-        if name in headers:
-            headers[name] = nothing
+    if "argsrepr" in headers:
+        headers["argsrepr"] = "()"
+    if "kwargsrepr" in headers:
+        headers["kwargsrepr"] = "{}"
     envelope["body"], properties["body_encoding"] = body, None
     return envelope
 
@@ -302,9 +304,9 @@ def own_header(headers: Mapping[str, Any]) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def reply_of(headers: Mapping[str, Any]) -> str:
-    """The reply stream that a message names; empty where it names none, or a key that is not for replies."""
-    reply = own_header(headers).get("reply")
+def reply_of(own: Mapping[str, Any]) -> str:
+    """The reply stream that our own header names; empty where it names none, or a key that is not for replies."""
+    reply = own.get("reply")
     if isinstance(reply, str) and reply.startswith(keys.REPLY_PREFIX) and len(reply) <= keys.LONGEST_KEY:
         return reply
     return ""

@@ -30,19 +30,21 @@ def settlement_of(ending: Ending, children: Sequence[Any] = (), seal: Write = _u
 
     Raises what ``seal`` does.
     """
+    if ending.end is End.RESULT:
+        return _result(ending, children)
     if ending.end is End.HOP:
         written = _hop(ending, seal)
     elif ending.redelivered:
         written = _redelivery(ending, seal)
     else:
-        written = _WRITTEN[ending.end](ending, children)
+        written = _WRITTEN[ending.end](ending)
     deadline = _deadline(ending.item)
     return written if deadline is None else replace(written, deadline=deadline)
 
 
 def _deadline(item: InFlight) -> Deadline | None:
     """Until when its request is wanted, where it says so."""
-    last = _last_moment(item) if _id(item) else None
+    last = _last_moment(item) if item.address else None
     return None if last is None else Deadline(item.id, item.list_name, last)
 
 
@@ -58,18 +60,20 @@ def _result(ending: Ending, children: Sequence[Any]) -> Settlement:
     record = wire.success_meta(
         item.id, ending.encoded, content=item.content, extra=item.record_extra(), children=children
     )
-    return Settlement(item.lease, _result_key(item), record, item.reply, request_id=_id(item))
+    return Settlement(
+        item.lease, _result_key(item), record, item.reply, request_id=item.address, deadline=_deadline(item)
+    )
 
 
-def _failure(ending: Ending, _: Sequence[Any]) -> Settlement:
+def _failure(ending: Ending) -> Settlement:
     return _told(ending.item, ending.error, "FAILURE")
 
 
-def _revoked(ending: Ending, _: Sequence[Any]) -> Settlement:
+def _revoked(ending: Ending) -> Settlement:
     return replace(_told(ending.item, ending.error, "REVOKED"), cancelled=ending.end is End.CANCEL)
 
 
-def _dead(ending: Ending, _: Sequence[Any]) -> Settlement:
+def _dead(ending: Ending) -> Settlement:
     return _told(ending.item, ending.error, "FAILURE", dead_reason=ending.reason or str(ending.error))
 
 
@@ -102,14 +106,14 @@ def _hop(ending: Ending, seal: Write) -> Settlement:
     )
 
 
-def _delay(ending: Ending, _: Sequence[Any]) -> Settlement:
+def _delay(ending: Ending) -> Settlement:
     item = ending.item
     last = _last_moment(item)
     due = ending.at if last is None else min(ending.at, last)
-    return Settlement(item.lease, due_ms=round(due * 1000, 3), request_id=_id(item))
+    return Settlement(item.lease, due_ms=round(due * 1000, 3), request_id=item.address)
 
 
-def _give_back(ending: Ending, _: Sequence[Any]) -> Settlement:
+def _give_back(ending: Ending) -> Settlement:
     item = ending.item
     if not ending.worker:
         return Settlement.give_back(item.lease)
@@ -124,12 +128,11 @@ def _redelivery(ending: Ending, seal: Write) -> Settlement:
     return Settlement.give_back(item.lease, wire.amended(item.envelope(item.queue), header=header))
 
 
-def _nothing(ending: Ending, _: Sequence[Any]) -> Settlement:
+def _nothing(ending: Ending) -> Settlement:
     return Settlement(ending.item.lease)
 
 
-_WRITTEN: Mapping[End, Callable[[Ending, Sequence[Any]], Settlement]] = {
-    End.RESULT: _result,
+_WRITTEN: Mapping[End, Callable[[Ending], Settlement]] = {
     End.FAILURE: _failure,
     End.CANCEL: _revoked,
     End.EXPIRY: _revoked,
@@ -145,17 +148,12 @@ def _told(item: InFlight, error: FleetError | None, status: str, dead_reason: st
     """The caller is told of an error; with ``dead_reason`` the message is kept among the dead letters."""
     if error is None:
         raise ValueError(f"an ending with the status {status} needs its error")
-    if not _id(item):
+    if not item.address:  # it names nothing that its sender could ask under
         return Settlement(item.lease, dead_reason=dead_reason)
     record = wire.failure_meta(item.address, error, status=status, content=item.content, extra=item.record_extra())
     return Settlement(
         item.lease, _result_key(item), record, item.reply, dead_reason=dead_reason, request_id=item.address
     )
-
-
-def _id(item: InFlight) -> str:
-    """What its sender asks under; empty where the message names nothing, so that nobody can ask."""
-    return item.address
 
 
 def _result_key(item: InFlight) -> str:

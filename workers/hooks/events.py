@@ -15,9 +15,9 @@ class Dispatcher(EventDispatcher):
         """Send an event, or buffer it."""
         return super().send(type, *args, retry=False, **fields)
 
-    def buffered(self, group: str) -> list[dict[str, Any]]:
+    def buffered(self, group: str) -> list[Any]:
         """The events of a group that the next :meth:`flush` publishes together. What is appended to it is sent then."""
-        events: list[dict[str, Any]] = self._group_buffer[group]
+        events: list[Any] = self._group_buffer[group]
         return events
 
 

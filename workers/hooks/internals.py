@@ -151,7 +151,7 @@ RELIED_UPON: Mapping[str, Mapping[str, str]] = {
     "workers/observe/celery_events.py": {
         "celery.worker.consumer.events.Events.start": "makes a dispatcher for each connection, and sets eventer",
         "celery.worker.state.task_reserved": "takes our InFlight for a request",
-        "celery.worker.state.task_accepted": "likewise",
+        "celery.worker.state.task_accepted": "done here for all requests of a batch at once",
         "celery.worker.state.task_ready": "likewise",
         "celery.app.task.Task.push_request": "makes task.request that of the signal",
         "celery.app.task.Context": "the context that backends take",

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
+import orjson
 from celery import Celery, signals
 from celery.app.task import Context, Task
 from celery.exceptions import Retry
@@ -19,7 +20,6 @@ from celery.utils.time import utcoffset
 from celery.worker import state
 from kombu.serialization import register
 
-from shared import wire
 from shared.contract import TASK_NAME, EngineName
 from workers.observe.observers import Observer
 from workers.requests.ending import End, Ending
@@ -38,10 +38,40 @@ BUFFER_LIMIT = 2048
 
 GROUP = "task"
 
+Fields = Mapping[str, Any]
+
+NO_FIELDS: Fields = {}
+
 SERIALIZER = "muai-json"
 """JSON to whoever reads it, by a faster encoder: with Celery's own, events were a quarter of a worker's cost."""
 
-register(SERIALIZER, wire.dumps, None, content_type="application/json", content_encoding="utf-8")
+
+class TaskEvent:
+    """One of Celery's events about a task, which is written out when it is published: many never are.
+
+    ``sender`` says which worker sends it, ``fields`` what its type has beside that.
+    """
+
+    __slots__ = ("clock", "fields", "id", "sender", "sent", "type")
+
+    def __init__(self, sender: Fields, type: str, request_id: str, clock: int, fields: Fields) -> None:  # noqa: A002
+        self.sender = sender
+        self.type = type
+        self.id = request_id
+        self.clock = clock
+        self.fields = fields
+        self.sent = time.time()
+
+    def written(self) -> dict[str, Any]:
+        """As Celery's dispatcher writes it."""
+        own = {"type": self.type, "timestamp": self.sent, "clock": self.clock, "uuid": self.id}
+        return {**self.sender, **own, **self.fields}
+
+
+register(
+    SERIALIZER, partial(orjson.dumps, default=TaskEvent.written), None,
+    content_type="application/json", content_encoding="utf-8",
+)  # fmt: skip
 
 
 class CeleryEvents(Observer):
@@ -50,8 +80,8 @@ class CeleryEvents(Observer):
     def __init__(self, app: Celery) -> None:
         self._app = app
         self._dispatcher: Any = None
-        self._waiting: list[dict[str, Any]] = []
-        self._common: dict[str, Any] = {}
+        self._waiting: list[TaskEvent] = []
+        self._sender: Fields = {}
         self.consumer: Any = None
         self._flush_due = False
         self._endings: Mapping[End, Callable[[Ending], None]] = {
@@ -78,7 +108,7 @@ class CeleryEvents(Observer):
         if dispatcher is not None:
             dispatcher.serializer = SERIALIZER
             self._waiting = dispatcher.buffered(GROUP)
-            self._common = {"hostname": dispatcher.hostname, "pid": dispatcher.pid, "utcoffset": utcoffset()}
+            self._sender = {"hostname": dispatcher.hostname, "pid": dispatcher.pid, "utcoffset": utcoffset()}
 
     def flush(self) -> None:
         """Publish the events that wait."""
@@ -86,15 +116,12 @@ class CeleryEvents(Observer):
         if due and self._dispatcher is not None:
             self._dispatcher.flush()
 
-    def _send(self, event: str, item: InFlight, **fields: Any) -> None:
+    def _send(self, event: str, item: InFlight, fields: Fields = NO_FIELDS) -> None:
         """Do what the dispatcher's ``send`` does, without asking for each event what is the same for all."""
         dispatcher = self._dispatcher
         if dispatcher is None or not dispatcher.enabled or (dispatcher.groups and GROUP not in dispatcher.groups):
             return
-        clock = dispatcher.clock.forward()
-        self._waiting.append(
-            {**self._common, "type": event, "timestamp": time.time(), "clock": clock, "uuid": item.id, **fields}
-        )
+        self._waiting.append(TaskEvent(self._sender, event, item.id, dispatcher.clock.forward(), fields))
         if len(self._waiting) >= BUFFER_LIMIT:
             if self._heard():
                 self.flush()
@@ -114,11 +141,13 @@ class CeleryEvents(Observer):
         """Send ``task-received``."""
         item.task = self.task
         state.task_reserved(item)
-        headers = item.headers
+        told = item.headers.get
         self._send(
-            "task-received", item, name=TASK_NAME, args="()", kwargs="{}", root_id=headers.get("root_id"),
-            parent_id=headers.get("parent_id"), retries=headers.get("retries") or 0, eta=headers.get("eta"),
-            expires=headers.get("expires"),
+            "task-received", item, {
+                "name": TASK_NAME, "args": "()", "kwargs": "{}", "root_id": told("root_id"),
+                "parent_id": told("parent_id"), "retries": told("retries") or 0, "eta": told("eta"),
+                "expires": told("expires"),
+            },
         )  # fmt: skip
         if signals.task_received.receivers:
             signals.task_received.send(sender=self.consumer, request=item)
@@ -131,8 +160,11 @@ class CeleryEvents(Observer):
 
     def batch_started(self, engine: EngineName, items: Sequence[InFlight]) -> None:
         """Send ``task-started`` for each."""
+        state.requests.update((item.id, item) for item in items)  # what state.task_accepted does for each
+        state.active_requests.update(items)
+        state.total_count[TASK_NAME] += len(items)
+        state.all_total_count[0] += len(items)
         for item in items:
-            state.task_accepted(item)
             self._send("task-started", item)
             if signals.task_prerun.receivers:
                 with _Current(self.task, item):
@@ -146,7 +178,7 @@ class CeleryEvents(Observer):
             tell(ending)
 
     def _succeeded(self, ending: Ending) -> None:
-        self._send("task-succeeded", ending.item, result="", runtime=ending.seconds)
+        self._send("task-succeeded", ending.item, {"result": "", "runtime": ending.seconds})
         if signals.task_success.receivers:
             with _Current(self.task, ending.item):
                 signals.task_success.send(sender=self.task, result=ending.result)
@@ -154,7 +186,7 @@ class CeleryEvents(Observer):
 
     def _failed(self, ending: Ending) -> None:
         item, error = ending.item, ending.error
-        self._send("task-failed", item, exception=repr(error), traceback="")
+        self._send("task-failed", item, {"exception": repr(error), "traceback": ""})
         if signals.task_failure.receivers:
             with _Current(self.task, item):
                 signals.task_failure.send(
@@ -165,7 +197,7 @@ class CeleryEvents(Observer):
 
     def _retried(self, ending: Ending) -> None:
         item, error = ending.item, ending.error
-        self._send("task-retried", item, exception=repr(error), traceback="")
+        self._send("task-retried", item, {"exception": repr(error), "traceback": ""})
         if signals.task_retry.receivers:
             with _Current(self.task, item):
                 signals.task_retry.send(
@@ -175,7 +207,7 @@ class CeleryEvents(Observer):
 
     def _revoked(self, ending: Ending) -> None:
         item, expired = ending.item, ending.end is End.EXPIRY
-        self._send("task-revoked", item, terminated=False, signum=None, expired=expired)
+        self._send("task-revoked", item, {"terminated": False, "signum": None, "expired": expired})
         if signals.task_revoked.receivers:
             signals.task_revoked.send(sender=self.task, request=item, terminated=False, signum=None, expired=expired)
 

@@ -94,7 +94,8 @@ class Admission:
         if not later and not read_before:
             self._observers.tell("request_received", item)
         item.request = item.validated(args, kwargs)
-        reckon(item, self._delivery, item.claimed)
+        if item.request.timeout is not None:
+            reckon(item, self._delivery, item.claimed)
         request = item.request
         if not item.content:
             item.content = content_of(request)

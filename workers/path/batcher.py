@@ -76,6 +76,7 @@ class _Member(Generic[T]):
 
     item: T
     sizes: Sequence[int]
+    rows: int
     tokens: int
     arrived: float
     number: int
@@ -83,10 +84,6 @@ class _Member(Generic[T]):
     first: int = 0
     taken: int = 0
     """Rows that the batch which is being formed takes of it."""
-
-    @property
-    def rows(self) -> int:
-        return len(self.sizes) - self.first
 
 
 @dataclass(slots=True)
@@ -169,9 +166,9 @@ class Batcher(Generic[T]):
         group = self._groups.get(key)
         if group is None:
             group = self._groups[key] = _Group()
-        member = _Member(item, sizes, sum(sizes), now, self._added, begun)
+        member = _Member(item, sizes, len(sizes), sum(sizes), now, self._added, begun)
         group.members.append(member)
-        group.rows += len(sizes)
+        group.rows += member.rows
         group.tokens += member.tokens
         group.begun += begun
         group.last_arrival = now
@@ -326,7 +323,7 @@ class Batcher(Generic[T]):
         group.members = deque(member for member in group.members if not member.taken)
         for member in partly:
             member.tokens -= sum(member.sizes[member.first : member.first + member.taken])
-            member.first, member.taken = member.first + member.taken, 0
+            member.first, member.rows, member.taken = member.first + member.taken, member.rows - member.taken, 0
             member.begun, member.number = True, self._added
             self._added += 1
             group.members.append(member)

@@ -86,7 +86,7 @@ class Conclusion:
             self._kept(rows.expected_bytes(), "will be about")  # before the rest of it has run
             return None
         now = self._clock()
-        self._waiting.answered(item, rows.request, output.usage.prompt_tokens, rows.ran_ms / 1000, now)
+        self._waiting.answered(rows, output.usage.prompt_tokens, item.started, now)
         result = result_of(item, rows, output, self._fallback.engine, self._worker_id, now)
         encoded = wire.dumps(result)
         self._kept(len(encoded), "is")

@@ -159,8 +159,7 @@ class Execution:
             self._loop.call_later(max(0.0, due - now), self._on_timer)
 
     def _drop_unwanted(self, now: float) -> None:
-        waiting = [item for item in self._waiting if item.state is State.WAITING]
-        endings = [ending for item in waiting if (ending := self._expiry.unwanted(item, now)) is not None]
+        endings = self._expiry.unwanted_among(self._waiting, now)
         self._waiting.remove({ending.item for ending in endings})
         for ending in endings:
             self._outbox.add(ending)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Iterable
 
 from shared.contract import InferenceRequest
 from shared.errors import DeadlineExceeded
 from workers.models.manager import ModelManager
 from workers.path.waiting_room import WaitingRoom
 from workers.requests.ending import Ending
-from workers.requests.inflight import InFlight
+from workers.requests.inflight import InFlight, State
 
 
 class Expiry:
@@ -22,7 +22,7 @@ class Expiry:
         self,
         models: ModelManager,
         waiting: WaitingRoom,
-        revoked: Container[str],
+        revoked: Collection[str],
         here: str,
         another: Callable[[InFlight, InferenceRequest], str | None],
     ) -> None:
@@ -47,10 +47,19 @@ class Expiry:
         text = f"the deadline cannot be met: such requests take {takes:.3f} s or more"
         return Ending.failed(item, DeadlineExceeded(text))
 
+    def unwanted_among(self, items: Iterable[InFlight], now: float) -> list[Ending]:
+        """The same of all that wait."""
+        if not self._revoked:
+            items = [item for item in items if item.expiring]
+        waiting = [item for item in items if item.state is State.WAITING]
+        return [ending for item in waiting if (ending := self.unwanted(item, now)) is not None]
+
     def late(self, item: InFlight, now: float) -> Ending | None:
         """The same, going by nothing but the time."""
-        if item.id in self._revoked:
+        if self._revoked and item.id in self._revoked:
             return Ending.cancelled(item)
+        if not item.expiring:
+            return None
         expires, request = item.expires, item.request
         if expires is not None and now >= expires and not item.started:
             return Ending.expired(item)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Container, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +39,8 @@ from workers.routing.fallback import Fallback
 
 logger = logging.getLogger(__name__)
 
+_UNTIL_IT_IS_BACK = suppress(*BROKER_ERRORS)
+
 
 @dataclass(frozen=True, slots=True)
 class IntakeContext:
@@ -57,7 +59,7 @@ class IntakeContext:
     live_workers: Callable[[], list[WorkerInfo]]
     refresh: Callable[[float], None]
     announce: Callable[[], None]
-    revoked: Container[str]
+    revoked: Collection[str]
     clock: Callable[[], float]
     run_limits: RunLimits
 
@@ -113,7 +115,7 @@ class Intake:
         now = self._context.clock()
         item = InFlight(lease, self.queue, envelope["headers"], envelope["properties"], envelope["body"], now)
         self.table.enter(item)
-        with suppress(*BROKER_ERRORS):  # it stays claimed, and the messages after it are received first
+        with _UNTIL_IT_IS_BACK:  # it stays claimed, and the messages after it are received first
             self._admission.admit(item)
 
     def claim_delivered(self, claim: Claim) -> None:

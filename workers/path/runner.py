@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from shared.contract import InferenceRequest
 from shared.errors import AnswerTooLarge, BadRequest, EngineError, EngineOutOfMemory, FleetError
@@ -34,8 +35,7 @@ logger = logging.getLogger(__name__)
 Result = EngineOutput | FleetError
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(NamedTuple):
     """What came of a part of a request, after running for ``ran_ms`` (without loading) in a batch of that many."""
 
     part: Part

@@ -12,7 +12,7 @@ from workers.path.batcher import Batch, Batcher, BatchLimits
 from workers.path.run_times import RunTimes
 from workers.requests.inflight import InFlight
 from workers.requests.rows import Part, Rows
-from workers.requests.sizes import TokenEstimator
+from workers.requests.sizes import Size, TokenEstimator
 
 ALONE = "alone"
 """Key of a batch whose one member runs by itself."""
@@ -47,10 +47,10 @@ class WaitingRoom:
 
     def add(self, item: InFlight, request: InferenceRequest, now: float, *, alone: bool = False) -> None:
         """Let a request wait; ``alone``: for a batch of its own, at once. Times are in seconds since the epoch."""
-        tokens, bucket = self._sizes.measured(request)
-        item.rows = rows = Rows(request, tokens)
+        size, together = self._sizes.measured(request), self._engine.compatibility(request)
+        item.rows = rows = Rows(request, size.tokens, size.read, _like(request.model, together, size))
         # Requests with the same key may share a batch.
-        key = ALONE if alone else (request.model, self._engine.compatibility(request), bucket)
+        key = ALONE if alone else (request.model, together, size.bucket)
         self._batcher.add(item, key, rows.tokens, now, begun=alone)
 
     def most(self) -> int:
@@ -99,12 +99,13 @@ class WaitingRoom:
         """The engine is through with a batch."""
         self._batcher.finished(batch.key, sum(map(len, batch.items)), seconds)
 
-    def answered(
-        self, item: InFlight, request: InferenceRequest, prompt_tokens: int, seconds: float, now: float
-    ) -> None:
-        """The engine says how many tokens the prompt had, and how many seconds the request ran until ``now``."""
-        self._times.ran(self._like(request), seconds, item.started, now)
-        self._sizes.learn(request, prompt_tokens)
+    def answered(self, rows: Rows, prompt_tokens: int, started: float, now: float) -> None:
+        """The engine says how many tokens the prompt of a request had that ran between these times, at least in part.
+
+        How long it ran, without loading, is known by its rows.
+        """
+        self._times.ran(rows.like, rows.ran_ms / 1000, started, now)
+        self._sizes.learn(rows.request.model, rows.read, prompt_tokens)
 
     def usual_seconds(self, batch: Batch[Part]) -> float | None:
         """How long such a batch takes; ``None`` where none has run."""
@@ -112,16 +113,10 @@ class WaitingRoom:
 
     def least_seconds(self, request: InferenceRequest, now: float) -> float | None:
         """How long the quickest of such requests has run lately; ``None`` where too little is known of late."""
-        return self._times.least(self._like(request), now)
+        like = _like(request.model, self._engine.compatibility(request), self._sizes.measured(request))
+        return self._times.least(like, now)
 
     # -- rules ------------------------------------------------------------------------------------------------------
-
-    def _like(self, request: InferenceRequest) -> Hashable:
-        """Requests that take about as long share this: those of like sizes, each within a factor of two."""
-        inputs = request.inputs
-        read, texts = inputs.characters().bit_length(), len(inputs.texts or ()).bit_length()
-        written = request.params.max_tokens.bit_length() if request.generates else 0
-        return request.model, self._engine.compatibility(request), read, texts, written
 
     def _refreshed(self) -> Batcher[InFlight]:
         limits = self._in_force.now
@@ -142,6 +137,11 @@ class WaitingRoom:
         if self._engine.slots is not None:
             return replace(found.unbatched(), max_batch_size=1)
         return found if batcher.enabled else found.unbatched()
+
+
+def _like(model: str, together: Hashable, size: Size) -> Hashable:
+    """Requests that take about as long share this: those of like sizes, each within a factor of two."""
+    return model, together, size.read.bit_length(), len(size.tokens).bit_length(), size.written.bit_length()
 
 
 def part_of(item: InFlight, first: int, last: int) -> Part:

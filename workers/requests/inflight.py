@@ -132,15 +132,16 @@ class InFlight:
         self.id = named or wire.usable_id(properties.get("correlation_id")) or lease
         self.content = given_content(own.get("content"))
         self.address = named or wire.address_of(headers.get("id")) or wire.address_of(properties.get("correlation_id"))
-        self.reply = wire.reply_of(headers)
+        self.reply = wire.reply_of(own)
         # Others than our own client have sent it, and no worker has handled it; without an id it is like no other.
         self.foreign = self.id != lease and HANDLED.isdisjoint(own)
         sent = own.get("sent")
         self.sent = float(sent) if isinstance(sent, int | float) and 0 < sent <= claimed else claimed
-        self.hops = _hops(own.get("hops"))
+        self.hops = _hops(own["hops"]) if "hops" in own else []
         deliveries = own.get("deliveries")
         self.deliveries = max(0, deliveries) if isinstance(deliveries, int) else 0  # workers that were lost over it
-        self.passed = _workers(own.get("passed"))  # workers that could not have answered it in time
+        # Workers that could not have answered it in time.
+        self.passed = _workers(own["passed"]) if "passed" in own else ()
         priority = properties.get("priority")
         self.priority = priority if isinstance(priority, int) else 0
 
@@ -206,18 +207,26 @@ class InFlight:
     @property
     def eta(self) -> float | None:
         """The time before which the request is not to run."""
-        return _timestamp(self.headers.get("eta"))
+        given = self.headers.get("eta")
+        return None if given is None else _timestamp(given)
 
     @property
     def expires(self) -> float | None:
         """The time after which Celery's sender does not want it started any longer."""
-        return _timestamp(self.headers.get("expires"))
+        given = self.headers.get("expires")
+        return None if given is None else _timestamp(given)
 
     @property
     def due(self) -> float:
         """The time at which it is to be looked at: to be run or, where it expires before that, to be ended."""
         eta = self.eta
         return 0.0 if eta is None else min(eta, self.expires or float("inf"))
+
+    @property
+    def expiring(self) -> bool:
+        """Whether a time may come at which it is not wanted any longer."""
+        request = self.request
+        return (request is not None and request.deadline is not None) or self.headers.get("expires") is not None
 
     def last_moment(self) -> float | None:
         """The earlier of the deadline and ``expires``: it is not to be started later."""
@@ -293,13 +302,15 @@ def inputs_from_previous(inputs: object, previous: object) -> object:
 
 def carries_canvas(embed: Mapping[str, Any]) -> bool:
     """Whether a call has others that follow it."""
-    return any(embed.get(part) for part in CANVAS)
+    return any(embed.values()) and any(embed.get(part) for part in CANVAS)
 
 
 def _canvas(embed: object) -> dict[str, Any]:
     """The canvas of a call; raise :class:`UndecodableMessage` where its parts are not signatures."""
     if not isinstance(embed, dict):
         return {}
+    if not any(embed.values()):
+        return embed
     for part in ("chain", "callbacks", "errbacks"):
         steps = embed.get(part)
         if steps is not None and not (isinstance(steps, list) and all(map(_is_signature, steps))):
@@ -342,9 +353,7 @@ def _is_duration(value: object) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 0)
 
 
-def _timestamp(value: object) -> float | None:
-    if value is None:
-        return None
+def _timestamp(value: object) -> float:
     try:
         if isinstance(value, int | float):
             seconds = float(value)

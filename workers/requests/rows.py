@@ -6,7 +6,7 @@ more rows than a batch holds runs in parts. Its answer is the one that it would 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from shared import wire
@@ -62,12 +62,19 @@ class Part:
 class Rows:
     """The rows of a request that is to run, the longest first: what does not fit shows in the first part.
 
-    ``tokens`` are those that each takes, prompt and completion, in that order. ``ran_ms`` and ``batch_size`` are of the
-    parts that were answered: for how long they ran, and beside how many others at the most.
+    ``tokens`` are those that each takes, prompt and completion, in that order; ``read`` are the characters of them all.
+    Requests that are ``like`` this one take about as long. ``ran_ms`` and ``batch_size`` are of the parts that were
+    answered: for how long they ran, and beside how many others at the most.
     """
 
-    def __init__(self, request: InferenceRequest, tokens: Sequence[int]) -> None:
+    __slots__ = (
+        "_answered", "_bytes", "_order", "batch_size", "left", "like", "ran_ms", "read", "request", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, request: InferenceRequest, tokens: Sequence[int], read: int = 0, like: Hashable = None) -> None:
         self.request = request
+        self.read = read
+        self.like = like
         self._order: Sequence[int] = range(len(tokens))
         if len(tokens) > 1:
             lengths = [len(text.encode(errors="replace")) for text in request.inputs.texts or ()]

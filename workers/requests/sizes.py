@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from shared.contract import InferenceRequest, Kind
 
@@ -28,6 +29,19 @@ class Typical:
         self.value = self.value * (value / self.value) ** TYPICAL_RATE if self.value else value
 
 
+class Size(NamedTuple):
+    """How large a request is."""
+
+    tokens: list[int]
+    """Of each row, its prompt and its longest completion together."""
+    bucket: int
+    """That of the longest prompt, among the length buckets."""
+    read: int
+    """Characters that a model reads for it: a query beside each text."""
+    written: int
+    """Most tokens of the answer to a row."""
+
+
 class TokenEstimator:
     """Estimates requests of several models."""
 
@@ -39,35 +53,31 @@ class TokenEstimator:
         self.tokens = Typical()
         """Tokens of requests that were started."""
 
-    def measured(self, request: InferenceRequest) -> tuple[list[int], int]:
-        """Tokens of each row, its prompt and its longest completion together; the bucket of the longest prompt."""
-        completion = request.params.max_tokens if request.generates else 0
-        prompts = self._prompts(request)
-        return [prompt + completion for prompt in prompts], bisect_left(self._buckets, max(prompts))
+    def measured(self, request: InferenceRequest) -> Size:
+        """How large a request is, as far as that is known without a tokenizer."""
+        inputs, rows = request.inputs, request.rows
+        written = request.params.max_tokens if request.generates else 0
+        per_token = self._characters_per_token.get(request.model, CHARACTERS_PER_TOKEN)
+        read = inputs.characters()
+        if rows == 1:
+            prompt = int(read / per_token) + 1
+            return Size([prompt + written], bisect_left(self._buckets, prompt), read, written)
+        beside = len(inputs.query or "")
+        prompts = [int((beside + len(text)) / per_token) + 1 for text in inputs.texts or ()]
+        bucket = bisect_left(self._buckets, max(prompts))
+        return Size([prompt + written for prompt in prompts], bucket, read + (rows - 1) * beside, written)
 
     def started(self, tokens: Sequence[int]) -> None:
         """A request with rows of these sizes was started."""
         self.rows.seen(len(tokens))
         self.tokens.seen(sum(tokens))
 
-    def learn(self, request: InferenceRequest, prompt_tokens: int) -> None:
-        """The engine says how many tokens the prompt really had."""
+    def learn(self, model: str, read: int, prompt_tokens: int) -> None:
+        """The engine says how many tokens the characters really were that a model has read."""
         if prompt_tokens:
-            seen = _characters(request) / prompt_tokens
-            usual = self._characters_per_token.get(request.model, seen)
-            self._characters_per_token[request.model] = max(0.1, usual + LEARNING_RATE * (seen - usual))
-
-    def _prompts(self, request: InferenceRequest) -> list[int]:
-        per_token, inputs = self._characters_per_token.get(request.model, CHARACTERS_PER_TOKEN), request.inputs
-        if request.rows == 1:
-            return [int(inputs.characters() / per_token) + 1]
-        beside = len(inputs.query or "")
-        return [int((beside + len(text)) / per_token) + 1 for text in inputs.texts or ()]
-
-
-def _characters(request: InferenceRequest) -> int:
-    """How many characters a model reads for it: a query beside each text."""
-    return request.inputs.characters() + (request.rows - 1) * len(request.inputs.query or "")
+            seen = read / prompt_tokens
+            usual = self._characters_per_token.get(model, seen)
+            self._characters_per_token[model] = max(0.1, usual + LEARNING_RATE * (seen - usual))
 
 
 def least_answer_bytes(request: InferenceRequest, dimensions: int | None) -> int:

@@ -6,7 +6,6 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from celery import Celery
@@ -122,5 +121,5 @@ def test_which_event_an_end_sends(end: End) -> None:
 
         events.request_ended(ending(end))
 
-        sent: list[dict[str, Any]] = dispatcher.buffered(GROUP)
-        assert ([event["type"] for event in sent] or ["none"]) == [ENDS[end.value]["event"]]
+        sent = dispatcher.buffered(GROUP)
+        assert ([event.type for event in sent] or ["none"]) == [ENDS[end.value]["event"]]

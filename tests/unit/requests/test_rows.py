@@ -121,8 +121,11 @@ def test_requests_share_batches_by_their_longest_text():
 
 def test_a_query_is_read_beside_each_text():
     estimator = TokenEstimator(())
-    estimator.learn(request_of("rerank", ["x" * 4] * 10), prompt_tokens=100)
+    request = request_of("rerank", ["x" * 4] * 10)
+    size = estimator.measured(request)
+    estimator.learn(request.model, size.read, prompt_tokens=100)
 
+    assert size.read == 100
     assert estimator.measured(request_of("rerank", ["x" * 4] * 2))[0] == [11, 11]
 
 
