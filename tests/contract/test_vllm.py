@@ -16,7 +16,7 @@ import pytest
 from demo.setup import embedder_path
 from demo.work import QUERIES, SENTENCES
 from shared.contract import InferenceRequest, Kind
-from shared.errors import Cancelled, ContextTooLong, EngineDied, EngineLoadError
+from shared.errors import BadRequest, Cancelled, ContextTooLong, EngineDied, EngineError, EngineLoadError
 from shared.settings import ModelSpec, Settings
 from tests.contract.told import check_broken_listener, check_cancelled, check_progress, check_tokens
 from tests.support.engines import DECODERS, MAX_TOKENS, generate, greedy_tokens, prompts, run
@@ -49,6 +49,20 @@ def llama(models: Models) -> Iterator[VLLMModel]:
     model = start(models.path("llama"))
     yield model
     model.close()
+
+
+def process_inputs() -> None:
+    """Stands for vLLM's function of this name, which reads a request."""
+    raise ValueError("a value that cannot be")
+
+
+def test_an_error_of_vllm_is_the_callers_only_where_it_reads_the_request(llama) -> None:
+    """A schema that its compiler refuses is; the same type of error from anywhere else is the engine's, and hops."""
+    with pytest.raises(ValueError, match="cannot be") as raised:
+        process_inputs()
+
+    assert isinstance(llama._as_error(raised.value), BadRequest)
+    assert type(llama._as_error(ValueError("shapes differ"))) is EngineError
 
 
 # Requirements: 1.1, 1.2

@@ -18,6 +18,7 @@ from shared.registry import ServedModel, Weights
 from shared.settings import ModelSpec, Settings
 from workers.engines.base import Engine, LoadedModel, OnTokens
 from workers.models.breaker import CircuitBreaker, State
+from workers.models.loading import is_out_of_memory, let_go, said
 from workers.models.weights import weights_of
 
 logger = logging.getLogger(__name__)
@@ -228,7 +229,8 @@ class ModelManager:
     def _load(self, spec: ModelSpec, on_trial: bool = False) -> LoadedModel:
         self.loading = spec.name
         try:
-            return self._load_anew(spec, on_trial)
+            with said(self.engine.name, spec.name):
+                return self._load_anew(spec, on_trial)
         finally:
             self.loading = None
 
@@ -238,16 +240,11 @@ class ModelManager:
         started = time.perf_counter()
         weights = weights_of(spec.path)
         try:
-            model = self.engine.load(spec)
-            try:
-                model.warmup()
-                self._parity[spec.name] = self._check(model)
-            except BaseException:
-                model.close()
-                raise
+            model = self._fitted(spec)
         except BadRequest:
             raise
         except Exception as error:
+            let_go(error)  # it may be kept for as long as the model rests
             failure = (
                 error
                 if isinstance(error, FleetError) and error.outage
@@ -262,6 +259,28 @@ class ModelManager:
         model.on_death = partial(self.failed, spec.name)
         model.on_tokens = self._on_tokens
         self._record(ModelEvent(spec.name, "load", time.perf_counter() - started))
+        return model
+
+    def _fitted(self, spec: ModelSpec) -> LoadedModel:
+        """The model in memory; where there is too little for it, the others go first."""
+        try:
+            return self._tried(spec)
+        except Exception as error:
+            if not self._loaded or not is_out_of_memory(error):
+                raise
+            let_go(error)
+        self.unload_others(spec.name, f"out of memory, which {spec.name} needs")
+        return self._tried(spec)
+
+    def _tried(self, spec: ModelSpec) -> LoadedModel:
+        """The model in memory, warmed up and held to the reference."""
+        model = self.engine.load(spec)
+        try:
+            model.warmup()
+            self._parity[spec.name] = self._check(model)
+        except BaseException:
+            model.close()
+            raise
         return model
 
     def _record(self, event: ModelEvent) -> None:

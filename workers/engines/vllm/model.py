@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from itertools import count
-from traceback import format_tb
+from traceback import format_tb, walk_tb
 from typing import Any
 
 from shared.contract import InferenceRequest, Kind, Usage
@@ -38,6 +38,10 @@ from workers.engines.vllm.steps import Run, Steps
 logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.2
+
+READING = ("process_inputs", "process_inputs_async")
+"""The functions of vLLM that read a request: what is not right there is the caller's, whatever its type."""
+
 CLOSE_SECONDS = 60.0
 
 
@@ -250,7 +254,7 @@ class VLLMModel(ContinuousModel):
 
         if not self.alive:
             return self._death()
-        if isinstance(error, VLLMClientError | ValueError):
+        if isinstance(error, VLLMClientError) or (isinstance(error, ValueError) and _raised_in(error, READING)):
             return BadRequest(f"vllm refuses the request: {first_line(error)}")
         if isinstance(error, VLLMServerError):
             return EngineBusy(f"vllm: {self._told(error)}")
@@ -264,6 +268,11 @@ class VLLMModel(ContinuousModel):
         if not self.alive:
             return "its engine core died; its log says why"
         return f"{type(error).__name__}: {first_line(error.__cause__ or error)}"
+
+
+def _raised_in(error: Exception, functions: Sequence[str]) -> bool:
+    """Whether an error went through a function of one of these names."""
+    return any(frame.f_code.co_name in functions for frame, _ in walk_tb(error.__traceback__))
 
 
 async def _last(answers: AsyncIterator[Any]) -> Any:

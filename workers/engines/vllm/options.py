@@ -39,7 +39,7 @@ def engine_arguments(
         "dtype": "float32" if dtype == "auto" and on_cpu else dtype,
         "max_num_seqs": settings.max_num_seqs,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
-        "disable_log_stats": True,
+        "disable_log_stats": False,  # vLLM counts for Prometheus; its own lines in the log are below its level
     }
     if limits:
         arguments["max_model_len"] = min(limits)
