@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 from operator import attrgetter
-from typing import Any, Final
+from typing import Final
 
 from pydantic import BaseModel
 
@@ -59,25 +59,17 @@ FEATURE_OF_FIELD: Final[Mapping[str, Feature | None]] = {
 }
 """Every field of a request, and the feature that a request with it needs: none for what every worker knows."""
 
-_NEEDED: Final = tuple(
-    (attrgetter(field), field.split("."), feature) for field, feature in FEATURE_OF_FIELD.items() if feature is not None
-)
+_NEEDED: Final = {field: feature for field, feature in FEATURE_OF_FIELD.items() if feature is not None}
+_VALUES: Final = attrgetter(*_NEEDED)
+_UNASKED: Final = (None,) * len(_NEEDED)
+
+NAMES: Final = frozenset(field.rpartition(".")[2] for field in _NEEDED)
+"""The fields that need a feature, as the values call them that they are fields of."""
 
 
 def features_of(request: BaseModel) -> frozenset[Feature]:
     """The features that a request needs: those of its fields that are not ``None``."""
-    found = [feature for value_of, _, feature in _NEEDED if value_of(request) is not None]
-    return frozenset(found) if found else NOTHING
-
-
-def drop_unasked(fields: dict[str, Any]) -> None:
-    """Take out of ``fields``, a request as JSON has it, what needs a feature and is ``None``.
-
-    A worker that does not know such a field would refuse the request, though nothing is asked for.
-    """
-    for _, (*sections, name), _ in _NEEDED:
-        section: Any = fields
-        for outer in sections:
-            section = section.get(outer) or {}
-        if name in section and section[name] is None:
-            del section[name]
+    values = _VALUES(request)
+    if values == _UNASKED:
+        return NOTHING
+    return frozenset(feature for feature, value in zip(_NEEDED.values(), values, strict=True) if value is not None)

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import orjson
 
-from shared.contract import DEFAULT_TENANT, InferenceRequest
+from shared.contract import DEFAULT_TENANT, USUAL_PARAMS, InferenceRequest
 from shared.errors import BadRequest
 
 LONGEST_ID: Final = 128
@@ -34,7 +34,8 @@ def content_of(request: InferenceRequest) -> str:
     which come later leave the digests of before as they are. Raises :class:`BadRequest` for what was made past its
     validation, and cannot be written.
     """
-    asked = (request.tenant, request.model, request.kind, _fields(request.inputs), _fields(request.params))
+    params = _USUAL if request.params is USUAL_PARAMS else _fields(request.params)
+    asked = (request.tenant, request.model, request.kind, _fields(request.inputs), params)
     try:
         encoded = orjson.dumps(asked, default=_fields, option=orjson.OPT_SORT_KEYS)
     except orjson.JSONEncodeError:
@@ -49,3 +50,6 @@ def given_content(value: object) -> str:
 
 def _fields(value: Any) -> dict[str, Any]:
     return {name: field for name, field in vars(value).items() if field is not None}
+
+
+_USUAL: Final = orjson.Fragment(orjson.dumps(_fields(USUAL_PARAMS), option=orjson.OPT_SORT_KEYS))

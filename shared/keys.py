@@ -52,6 +52,7 @@ from shared.contract import DEFAULT_TENANT, EngineName
 CONTROL_QUEUE: Final = "control"
 PRIORITY_SEPARATOR: Final = "\x06\x16"
 PRIORITY_STEPS: Final = (0, 3, 6, 9)
+_STEPS: Final = tuple(max(step for step in PRIORITY_STEPS if step <= priority) for priority in range(10))
 
 LANE_PREFIX: Final = "muai:lane:"
 
@@ -99,7 +100,7 @@ def list_of(queue: str, priority: int, tenant: str = DEFAULT_TENANT, affinity: s
 
     ``affinity`` names the worker that should have what is on it; empty: any.
     """
-    step = max(step for step in PRIORITY_STEPS if step <= max(priority, 0))
+    step = _STEPS[min(max(priority, 0), len(_STEPS) - 1)]
     shared = f"{queue}{PRIORITY_SEPARATOR}{step}" if step else queue
     whose = "" if tenant == DEFAULT_TENANT else tenant
     lane = f"{whose}@{affinity}" if affinity else whose

@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
@@ -52,8 +52,34 @@ LONGEST_ERROR = 4096
 Sign = Callable[[Mapping[str, Any], str], dict[str, Any]]
 """Makes our own header with a signature in it, of a message's headers and body."""
 
-_ORIGIN = f"muai{os.getpid()}@{socket.gethostname()}"
-_EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+_EMBED: Final = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+_SAME_HEADERS: Final[Mapping[str, Any]] = {
+    "lang": "py",
+    "task": TASK_NAME,
+    "shadow": None,
+    "eta": None,
+    "expires": None,
+    "group": None,
+    "group_index": None,
+    "retries": 0,
+    "timelimit": (None, None),
+    "parent_id": None,
+    "argsrepr": "()",
+    "origin": f"muai{os.getpid()}@{socket.gethostname()}",
+    "ignore_result": False,
+    "replaced_task_nesting": 0,
+    "stamped_headers": None,
+    "stamps": {},
+}
+"""The headers that all of our messages have alike."""
+
+# What stands between the body, the headers and the properties that differ: the same in all messages, so written once.
+_BODY: Final = b'{"content-encoding":"utf-8","content-type":"application/json","body":'
+_HEADERS: Final = b',"headers":' + orjson.dumps(_SAME_HEADERS)[:-1] + b","
+_PROPERTIES: Final = (
+    b',"properties":' + orjson.dumps({"reply_to": "", "delivery_mode": 2, "body_encoding": None})[:-1] + b","
+)
+_END: Final = b"}"
 
 
 def encode_request(
@@ -84,53 +110,35 @@ def encode_request(
     try:
         fields = request.given()
         fields["id"] = request.id  # which its maker may have left to us
-        encoded = orjson.dumps([(), {"request": fields}, _EMBED])
+        body = orjson.dumps(((), {"request": fields}, _EMBED))
     except (TypeError, ValueError) as error:  # one that was made past its validation
         raise BadRequest(f"the request cannot be written as JSON ({type(error).__name__})") from None
-    check_size(len(encoded), max_bytes)
-    task_id, body = request.id, encoded.decode()
-    all_headers = {
-        **(headers or {}),
-        "lang": "py",
-        "task": TASK_NAME,
+    check_size(len(body), max_bytes)
+    task_id, text = request.id, body.decode()
+    own_headers: dict[str, Any] = {
         "id": task_id,
-        "shadow": None,
-        "eta": None,
-        "expires": None,
-        "group": None,
-        "group_index": None,
-        "retries": 0,
-        "timelimit": (None, None),
         "root_id": task_id,
-        "parent_id": None,
-        "argsrepr": "()",
-        "kwargsrepr": f"{{'request': <{request.kind.value} {request.model}>}}",
-        "origin": _ORIGIN,
-        "ignore_result": False,
-        "replaced_task_nesting": 0,
-        "stamped_headers": None,
-        "stamps": {},
+        "kwargsrepr": f"{{'request': <{request.kind} {request.model}>}}",
         HEADER: header,
     }
+    if headers:
+        own_headers |= headers
     if sign is not None:
-        all_headers[HEADER] = sign(all_headers, body)
-    return orjson.dumps(
-        {
-            "body": body,
-            "content-encoding": "utf-8",
-            "content-type": "application/json",
-            "headers": all_headers,
-            "properties": {
-                "correlation_id": task_id,
-                "reply_to": "",
-                "delivery_mode": 2,
-                "delivery_info": {"exchange": "", "routing_key": queue},
-                "priority": request.priority.wire,
-                "body_encoding": None,
-                "delivery_tag": task_id,
-            },
-        }
-    )
+        own_headers[HEADER] = sign({**_SAME_HEADERS, **own_headers}, text)
+    properties = {
+        "correlation_id": task_id,
+        "delivery_info": {"exchange": "", "routing_key": queue},
+        "priority": request.priority.wire,
+        "delivery_tag": task_id,
+    }
+    return b"".join(
+        (
+            _BODY, orjson.dumps(text),
+            _HEADERS, orjson.dumps(own_headers)[1:],
+            _PROPERTIES, orjson.dumps(properties)[1:],
+            _END,
+        )
+    )  # fmt: skip
 
 
 def check_size(size: int, most: int | None) -> None:
