@@ -92,7 +92,7 @@ DELAYED_PREFIX: Final = "eta:"
 
 def queue_of(engine: EngineName) -> str:
     """The queue an engine's workers consume from."""
-    return engine.value
+    return str(engine)
 
 
 def list_of(queue: str, priority: int, tenant: str = DEFAULT_TENANT, affinity: str = "") -> str:

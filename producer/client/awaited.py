@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from producer.client.records import POLL_SECONDS, Outcome, decode_record, outcome_of
 from producer.client.steps import AnyFuture, Command, Steps
+from producer.client.submitted import Submitted
 from shared import keys
 from shared.errors import ClientClosed, FleetError
 
@@ -30,24 +31,24 @@ LOOKED_UP = 1024
 F = TypeVar("F", bound=AnyFuture)
 
 
-class _Ref(weakref.ref[F]):
-    """A future that is held by whoever waits for it, and whose request it is."""
+class _Ref(weakref.ref[Any]):
+    """What is held by whoever waits for an outcome, and whose outcome it is."""
 
     __slots__ = ("id",)
     id: str
 
 
 class Awaited(Generic[F]):
-    """The futures of this client's requests, one for each who waits. Safe to use from several threads.
+    """What this client has submitted, and the futures of those who wait for it. Safe to use from several threads.
 
-    A future is held by whoever waits for it: when nobody does any longer, its request leaves the table. Those whose
-    owners are to be called back, and need not keep them, are held here. ``make`` makes one.
+    Both are held by whoever wants the outcome: when nobody does any longer, a request leaves the table. Futures whose
+    owners are to be called back, and need not keep them, are held here. ``make`` makes a future.
     """
 
     def __init__(self, make: Callable[[], F], clock: Callable[[], float] = time.monotonic) -> None:
         self._make = make
         self._clock = clock
-        self._refs: dict[str, tuple[_Ref[F], ...]] = {}
+        self._refs: dict[str, tuple[_Ref, ...]] = {}
         self._elsewhere: dict[str, None] = {}
         self._held: set[F] = set()
         self._everything_at = self._elsewhere_at = 0.0
@@ -65,24 +66,33 @@ class Awaited(Generic[F]):
 
     def expect(self, request_ids: Iterable[str]) -> list[F]:
         """A new future for each request."""
-        made = []
+        made = [(request_id, self._make()) for request_id in request_ids]
+        self._add(made)
+        return [future for _, future in made]
+
+    def add(self, submitted: Sequence[Submitted]) -> None:
+        """Tell these their outcomes, too."""
+        for one in submitted:
+            one.table = self
+        self._add([(one.id, one) for one in submitted])
+
+    def _add(self, entries: Sequence[tuple[str, F | Submitted]]) -> None:
+        refs, note = self._refs, self._note
         with self._lock:
             self._sweep()
-            for request_id in request_ids:
-                future = self._make()
-                ref = _Ref(future, self._note)
+            for request_id, entry in entries:
+                ref = _Ref(entry, note)
                 ref.id = request_id
-                self._refs[request_id] = (*self._refs.get(request_id, ()), ref)
-                made.append(future)
+                others = refs.get(request_id)
+                refs[request_id] = (ref,) if others is None else (*others, ref)
         if self._ended:
             self.end()
-        return made
 
-    def forget(self, request_ids: Sequence[str], futures: Sequence[F]) -> None:
-        """These futures will not be resolved: their requests were not sent. Others may wait for the same requests."""
+    def forget(self, request_ids: Sequence[str], entries: Sequence[F | Submitted]) -> None:
+        """These will not be resolved: their requests were not sent. Others may wait for the same requests."""
         with self._lock:
-            for request_id, future in zip(request_ids, futures, strict=True):
-                self._keep(request_id, lambda known, future=future: known is not future)  # type: ignore[misc]
+            for request_id, entry in zip(request_ids, entries, strict=True):
+                self._keep(request_id, lambda known, entry=entry: known is not entry)  # type: ignore[misc]
 
     def has(self, future: F) -> bool:
         """Whether a future is to be resolved here: not one of another process, or of another event loop."""
@@ -107,12 +117,18 @@ class Awaited(Generic[F]):
 
     def resolve(self, request_id: str, outcome: Outcome) -> None:
         """Give those who wait for a request its outcome."""
-        with self._lock:
-            refs = self._refs.pop(request_id, ())
-            self._elsewhere.pop(request_id, None)
-        for ref in refs:
-            if (future := ref()) is not None:
-                settle(future, outcome)
+        futures = []
+        with self._lock:  # whoever makes a future of a request finds its outcome, or is found here
+            for ref in self._refs.pop(request_id, ()):
+                entry = ref()
+                if type(entry) is Submitted:
+                    entry.known = outcome
+                elif entry is not None:
+                    futures.append(entry)
+            if self._elsewhere:
+                self._elsewhere.pop(request_id, None)
+        for future in futures:
+            settle(future, outcome)
 
     def resolve_record(self, record: bytes | str) -> None:
         """The same with what a record tells, where that is a terminal one."""
@@ -141,7 +157,7 @@ class Awaited(Generic[F]):
             self._refs.clear()
             self._elsewhere.clear()
         for ref in refs:
-            if (future := ref()) is not None:
+            if (future := ref()) is not None and type(future) is not Submitted:
                 with suppress(InvalidStateError, AsyncioInvalidStateError):
                     future.set_exception(ClientClosed())
                     future.exception()  # so that nobody complains where nobody waits any longer
@@ -176,10 +192,10 @@ class Awaited(Generic[F]):
         while self._gone:
             self._keep(self._gone.popleft(), lambda _: True)
 
-    def _keep(self, request_id: str, wanted: Callable[[F], bool]) -> None:
-        """Of the futures of a request, keep those that live and are wanted; the lock is held."""
+    def _keep(self, request_id: str, wanted: Callable[[object], bool]) -> None:
+        """Of what waits for a request, keep what lives and is wanted; the lock is held."""
         found = ((ref, ref()) for ref in self._refs.get(request_id, ()))
-        kept = tuple(ref for ref, future in found if future is not None and wanted(future))
+        kept = tuple(ref for ref, entry in found if entry is not None and wanted(entry))
         if kept:
             self._refs[request_id] = kept
         else:

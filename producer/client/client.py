@@ -159,7 +159,7 @@ class Client:
         def outcomes() -> Iterator[InferenceResult | FleetError]:
             with reporting(progress, total) as report:
                 done = 0
-                while (outcome := self._carry_out(under_way.next)) is not None:
+                while (outcome := self._next(under_way)) is not None:
                     if isinstance(outcome, FleetError) and errors == "raise":
                         raise outcome
                     done += 1
@@ -167,6 +167,10 @@ class Client:
                     yield outcome
 
         return outcomes()
+
+    def _next(self, window: Window) -> Outcome | None:
+        known = None if self._closed else window.known()
+        return self._carry_out(window.next) if known is None else known
 
     def deliver(self, spool: Spool) -> int:
         """Submit what is in a spool, the oldest first; returns how many requests went.
@@ -199,8 +203,12 @@ class Client:
 
     def future_of(self, submitted: Submitted) -> Future[Outcome]:
         """The future of a request in this process: what its handle shows."""
-        future = submitted.future if self._closed else self._session.requests.future_of(submitted)
-        return cast("Future[Outcome]", future)
+        if not self._closed:
+            return cast("Future[Outcome]", self._session.requests.future_of(submitted))
+        if submitted.future is None:
+            submitted.future = future = Future[Outcome]()
+            future.set_exception(ClientClosed()) if submitted.known is None else future.set_result(submitted.known)
+        return cast("Future[Outcome]", submitted.future)
 
     # -- the fleet --------------------------------------------------------------------------------------------------
 

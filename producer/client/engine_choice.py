@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from producer.client.steps import Run, Steps
 from shared.broker import broker_errors, lua
@@ -60,26 +61,32 @@ class EngineChoice:
         self._choices.clear()
         return workers
 
-    def engine_for(self, request: InferenceRequest) -> Steps[EngineName]:
-        """The engine to submit a request to; raises as :func:`shared.routing.choose` does.
+    def engines_for(self, requests: Sequence[InferenceRequest]) -> Steps[list[EngineName]]:
+        """The engine to submit each request to; raises as :func:`shared.routing.choose` does.
 
         A request with a deadline may wait for an engine that no live worker has now.
         """
         if self._older_than(STALE_SECONDS):
             yield from self._read()
-        key = (request.model, request.kind, request.engine_preference, request.features)
-        engine = self._choices.get(key)
-        if engine is not None:
-            return engine
+        engines = []
+        for request in requests:
+            key = (request.model, request.kind, request.engine_preference, request.features)
+            engine = self._choices.get(key)
+            engines.append((yield from self._choose(request, key)) if engine is None else engine)
+        return engines
+
+    def _choose(self, request: InferenceRequest, key: tuple[object, ...]) -> Steps[EngineName]:
         try:
-            engine = self._choices[key] = choose(request, self._workers, self._settings)
+            engine = choose(request, self._workers, self._settings)
         except NoEngineAvailable:
             if self._older_than(REFRESH_SECONDS):  # a worker may have come
                 yield from self._read()
-                return (yield from self.engine_for(request))
-            engine = park(request, self._workers, self._settings) if request.deadline is not None else None
-            if engine is None:
+                return (yield from self._choose(request, key))
+            parked = park(request, self._workers, self._settings) if request.deadline is not None else None
+            if parked is None:
                 raise
+            return parked
+        self._choices[key] = engine
         return engine
 
     def _older_than(self, seconds: float) -> bool:

@@ -18,6 +18,7 @@ from producer.client.awaited import ELSEWHERE_SECONDS, Awaited, look_up
 from producer.client.blocking import Blocking
 from producer.client.records import Outcome
 from producer.client.reply_stream import BLOCK_SECONDS, ReplyStream
+from producer.client.submitted import Submitted
 from producer.client.turns import Turns
 from shared import keys
 from shared.settings import FleetSettings
@@ -35,21 +36,12 @@ PAUSE_SECONDS = 0.5
 
 
 class Reply(Future[Outcome]):
-    """A future result. Whoever waits for it reads it; who asks to be called back has it read.
-
-    ``known`` is the result once more, for a process that was forked: there the future itself may not be touched.
-    """
+    """A future result. Whoever waits for it reads it; who asks to be called back has it read."""
 
     def __init__(self, replies: ReplyReader) -> None:
         super().__init__()
         self._replies = replies
         self.table = replies.awaited
-        self.known: Outcome | None = None
-
-    def set_result(self, result: Outcome) -> None:
-        """Resolve it."""
-        super().set_result(result)
-        self.known = result
 
     def result(self, timeout: float | None = None) -> Outcome:
         """Wait for the result; raises :class:`TimeoutError`."""
@@ -90,15 +82,24 @@ class ReplyReader:
     def expect(self, request_ids: Sequence[str]) -> list[Reply]:
         """A new future for each request."""
         with self._lock:
-            if not len(self.awaited):
-                self._used = time.monotonic()
-            futures = self.awaited.expect(request_ids)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="muai-replies", daemon=True)
-                self._thread.start()
-            if self._parked:
-                self._stir.set()
-        return futures
+            self._stirred()
+            return self.awaited.expect(request_ids)
+
+    def add(self, submitted: Sequence[Submitted]) -> None:
+        """Tell these their outcomes, too."""
+        with self._lock:
+            self._stirred()
+            self.awaited.add(submitted)
+
+    def _stirred(self) -> None:
+        """Results are about to be waited for; the lock is held."""
+        if not len(self.awaited):
+            self._used = time.monotonic()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="muai-replies", daemon=True)
+            self._thread.start()
+        if self._parked:
+            self._stir.set()
 
     # -- who reads --------------------------------------------------------------------------------------------------
 

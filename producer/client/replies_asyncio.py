@@ -13,6 +13,7 @@ from producer.client.awaiting import Awaiting
 from producer.client.records import Outcome
 from producer.client.replies import PAUSE_SECONDS
 from producer.client.reply_stream import BLOCK_SECONDS, Cursor
+from producer.client.submitted import Submitted
 from shared import keys
 from shared.broker import connect_asyncio
 from shared.direct_asyncio import SharedConnection
@@ -22,15 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 class LoopReply(asyncio.Future[Outcome]):
-    """A future result. ``known`` is the result once more, for another loop: there the future may not be touched."""
+    """A future result, and the table that resolves it."""
 
     table: Awaited[LoopReply]
-    known: Outcome | None = None
-
-    def set_result(self, result: Outcome) -> None:
-        """Resolve it."""
-        super().set_result(result)
-        self.known = result
 
 
 class LoopReplyReader:
@@ -57,11 +52,19 @@ class LoopReplyReader:
 
     def expect(self, request_ids: Sequence[str]) -> list[LoopReply]:
         """A new future for each request."""
-        futures = self.awaited.expect(request_ids)
+        self._stirred()
+        return self.awaited.expect(request_ids)
+
+    def add(self, submitted: Sequence[Submitted]) -> None:
+        """Tell these their outcomes, too."""
+        self._stirred()
+        self.awaited.add(submitted)
+
+    def _stirred(self) -> None:
+        """Results are about to be waited for."""
         self._wanted.set()
         if not self._tasks:
             self._tasks = [self._loop.create_task(self._read()), self._loop.create_task(self._look_up())]
-        return futures
 
     async def _read(self) -> None:
         """Resolve what comes on the stream."""

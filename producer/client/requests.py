@@ -8,19 +8,18 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
-from producer.client.awaited import Awaited, look_up, settle
+from producer.client.awaited import Awaited, look_up
 from producer.client.engine_choice import EngineChoice
 from producer.client.outage import Submit, restarted, spooling, waiting
 from producer.client.records import POLL_SECONDS, Outcome
 from producer.client.results import StoredResults
 from producer.client.spool_sender import SpoolSender
 from producer.client.steps import AnyFuture, Steps, Wait
-from producer.client.submission import HeadersOf, RequestLike, Submission, checked_id, checked_timeout, prepare
+from producer.client.submission import HeadersOf, RequestLike, Submission, checked, checked_id, checked_timeout, prepare
 from producer.client.submitted import Submitted
 from producer.client.submitter import Submitter
 from shared.broker import broker_errors
 from shared.clock import BrokerClock
-from shared.contract import InferenceRequest
 from shared.errors import BrokerRefused, BrokerUnavailable, DeadlineExceeded
 from shared.settings import OnOutage, Settings
 
@@ -33,6 +32,9 @@ class Replies(Protocol):
 
     def expect(self, request_ids: Sequence[str]) -> Sequence[AnyFuture]:
         """A new future for each request."""
+
+    def add(self, submitted: Sequence[Submitted]) -> None:
+        """Tell these their outcomes, too."""
 
 
 class Requests:
@@ -58,35 +60,31 @@ class Requests:
 
     # -- submitting -------------------------------------------------------------------------------------------------
 
-    def submit(self, requests: Sequence[RequestLike], timeout: float | None) -> Steps[list[Submitted]]:
-        """Submit several at once: all of them or, where one is refused, none."""
+    def submit(self, requests: Sequence[RequestLike | Submission], timeout: float | None) -> Steps[list[Submitted]]:
+        """Submit several at once: all of them or, where one is refused, none. They may have been checked before."""
         seconds = None if timeout is None else checked_timeout(timeout)
         submissions = [prepare(request, seconds, self.clock, self._headers) for request in requests]
-        ids = [submission.request.id for submission in submissions]
-        futures = self._replies.expect(ids)
+        submitted = [Submitted(submission.request.id, clock=self.clock) for submission in submissions]
+        self._replies.add(submitted)
         try:
             yield from self._push(submissions)
         except BaseException as error:
-            self._replies.awaited.forget(ids, futures)
+            self._replies.awaited.forget([one.id for one in submitted], submitted)
             if isinstance(error, BrokerUnavailable):
                 error.requests = tuple(submission.again(self.clock) for submission in submissions)
             raise
-        return [
-            Submitted(submission.request.id, future, submission.by(self.clock).request.deadline, self.clock)
-            for submission, future in zip(submissions, futures, strict=True)
-        ]
+        for one, submission in zip(submitted, submissions, strict=True):
+            one.deadline = submission.by(self.clock).request.deadline
+        return submitted
 
-    def checked(self, request: RequestLike) -> InferenceRequest:
+    def checked(self, request: RequestLike) -> Submission:
         """The request that a caller gives; raises :class:`~shared.errors.BadRequest` where it is not a valid one."""
-        submission = prepare(request, None, self.clock)
-        return submission.request if submission.request.deadline is None else submission.again(self.clock)
+        return checked(request, self.clock)
 
     def send(self, submissions: Sequence[Submission]) -> Steps[None]:
         """Choose an engine for each and push all of them, each id once; one that has its answer gets it."""
-        chosen = []
-        for submission in submissions:
-            engine = yield from self.engines.engine_for(submission.request)
-            chosen.append((submission.by(self.clock), engine))
+        engines = yield from self.engines.engines_for([submission.request for submission in submissions])
+        chosen = [(submission.by(self.clock), engine) for submission, engine in zip(submissions, engines, strict=True)]
         new = yield from self._submitter.submit(chosen, self.clock())
         known = [submission.request.id for submission, pushed in zip(submissions, new, strict=True) if not pushed]
         with suppress(BrokerUnavailable):  # they are looked up again, and the list is read again
@@ -98,9 +96,10 @@ class Requests:
 
     def find(self, request_id: str) -> Steps[Submitted]:
         """A request that was submitted before, by this client or another."""
-        (future,) = self._replies.expect([checked_id(request_id)])
+        found = Submitted(checked_id(request_id), clock=self.clock)
+        self._replies.add([found])
         yield from self._watch([request_id])
-        return Submitted(request_id, future)
+        return found
 
     def _watch(self, request_ids: Sequence[str]) -> Steps[None]:
         """Look results up now and until they are there: their records go to the client that submitted the requests."""
@@ -115,22 +114,27 @@ class Requests:
         one was forked from: there even its lock may be held by a thread that does not exist here.
         """
         awaited, future = self._replies.awaited, submitted.future
-        if not awaited.has(future) or future.cancelled():
-            known = submitted.known
-            (submitted.future,) = self._replies.expect([submitted.id])
-            if known is not None:
-                settle(submitted.future, known)
-            else:
+        if future is None or not awaited.has(future) or future.cancelled():
+            if moved := submitted.table is not awaited:
+                self._replies.add([submitted])
+            (future,) = self._replies.expect([submitted.id])
+            submitted.future = future
+            if submitted.known is not None:
+                awaited.resolve(submitted.id, submitted.known)
+            elif moved:
                 awaited.watch([submitted.id])
-        return submitted.future
+        return future
 
     def ready(self, submitted: Submitted, seconds: float, other: AnyFuture | None = None) -> Steps[Outcome | None]:
         """The outcome where it comes within so many seconds, and before ``other`` is done.
 
         What does not come by itself is not looked for.
         """
-        before, future = submitted.future, self.future_of(submitted)
-        if future is not before and not future.done():
+        if submitted.known is not None:
+            return submitted.known
+        moved = submitted.table is not self._replies.awaited
+        future = self.future_of(submitted)
+        if moved and not future.done():
             with suppress(BrokerUnavailable):  # it is looked up again
                 yield from self._watch([submitted.id])
         outcome: Outcome | None = future.result() if (yield Wait(future, seconds, other)) else None
@@ -146,7 +150,7 @@ class Requests:
                 return outcome
             if (outcome := (yield from self.look(submitted, through_outages))) is not None:
                 return outcome
-            if end is not None and time.monotonic() >= end and not submitted.future.done():
+            if end is not None and time.monotonic() >= end and submitted.known is None:
                 raise TimeoutError(f"request {submitted.id} has no result after {timeout} s")
 
     def look(self, submitted: Submitted, through_outages: bool) -> Steps[Outcome | None]:
@@ -154,7 +158,7 @@ class Requests:
         reason = "no worker has answered"
         try:
             found = yield from self.results.outcome(submitted.id)
-            if found is not None or submitted.future.done() or not submitted.late():
+            if found is not None or submitted.known is not None or not submitted.late():
                 return found
             if not (yield from self.engines.live_workers()):
                 return DeadlineExceeded("the request's deadline passed and no worker is alive")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final
 
 from shared.clock import BrokerClock
-from shared.contract import LATEST, InferenceRequest
+from shared.contract import DEFAULT_TENANT, LATEST, InferenceRequest
 from shared.errors import BadRequest
 from shared.headers import check_headers
 from shared.identity import LONGEST_ID, id_in_fleet
@@ -23,6 +24,10 @@ HeadersOf = Callable[[InferenceRequest], Mapping[str, str]]
 """Makes the further headers of a request's message, a trace context for example."""
 
 
+NONE: Final[Mapping[str, str]] = MappingProxyType({})
+"""The further headers of most messages."""
+
+
 @dataclass(frozen=True, slots=True)
 class Submission:
     """A checked request, and the further headers of its message.
@@ -33,17 +38,18 @@ class Submission:
     """
 
     request: InferenceRequest
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=lambda: NONE)
     offset: float | None = None
     tried: bool = False
 
     def by(self, clock: BrokerClock) -> Submission:
         """The same, its deadline by what is known of the broker's clock now: before, it may not have been known."""
-        request, offset = self.request, clock.offset
-        if request.deadline is None or self.offset is None or abs(offset - self.offset) < LEAST_SECONDS:
+        if (deadline := self.request.deadline) is None or self.offset is None:
             return self
-        deadline = _within_bounds(request.deadline + offset - self.offset)
-        return replace(self, request=request.model_copy(update={"deadline": deadline}), offset=offset)
+        if abs((offset := clock.offset) - self.offset) < LEAST_SECONDS:
+            return self
+        deadline = _within_bounds(deadline + offset - self.offset)
+        return replace(self, request=self.request.model_copy(update={"deadline": deadline}), offset=offset)
 
     def again(self, clock: BrokerClock) -> InferenceRequest:
         """The request as a caller may submit it again: its id is given, its deadline by this process' clock."""
@@ -54,36 +60,47 @@ class Submission:
         return request.model_copy(update=given)
 
 
-def prepare(
-    request: RequestLike, timeout: float | None, clock: BrokerClock, headers_of: HeadersOf | None = None
-) -> Submission:
-    """Check a request; ``timeout`` is its time in seconds where it says nothing of that itself.
+def checked(request: RequestLike, clock: BrokerClock) -> Submission:
+    """Check a request. Its own deadline is by this process' clock, that of the submission by the broker's.
 
-    Its own deadline is by this process' clock, that of the submission by the broker's. Raises
-    :class:`~shared.errors.BadRequest` where the request, or what ``headers_of`` makes of it, is not valid.
+    Raises :class:`~shared.errors.BadRequest` where it is not valid.
     """
     if not isinstance(request, InferenceRequest):
         if not isinstance(request, Mapping):
             raise BadRequest(f"a request is an InferenceRequest or a mapping of its fields, not {_named(request)}")
         request = InferenceRequest.parse(request)
-    offset = clock.offset
-    times = [] if request.timeout is None else [clock() + request.timeout]
-    if request.deadline is not None:
-        times.append(clock.from_here(request.deadline))
-    if timeout is not None and not times:
-        times.append(clock() + timeout)
-    if times:
-        request = request.model_copy(update={"deadline": _within_bounds(min(times)), "timeout": None})
-    request_id = id_in_fleet(request.id, request.tenant)
-    if request_id != request.id:
+    if request.timeout is not None or request.deadline is not None:
+        times = [] if request.timeout is None else [clock() + request.timeout]
+        if request.deadline is not None:
+            times.append(clock.from_here(request.deadline))
+        request = _until(request, min(times))
+    if request.tenant != DEFAULT_TENANT and (request_id := id_in_fleet(request.id, request.tenant)) != request.id:
         if len(request_id) > LONGEST_ID:
             raise BadRequest(f"id: has more than {LONGEST_ID} characters with the tenant's name in front")
         request = request.model_copy(update={"id": request_id})
+    return Submission(request, NONE, clock.offset)
+
+
+def prepare(
+    request: RequestLike | Submission, timeout: float | None, clock: BrokerClock, headers_of: HeadersOf | None = None
+) -> Submission:
+    """Check a request that was not, and make it ready to be submitted now.
+
+    ``timeout`` is its time in seconds where it says nothing of that itself. Raises
+    :class:`~shared.errors.BadRequest` where the request, or what ``headers_of`` makes of it, is not valid.
+    """
+    submission = request if isinstance(request, Submission) else checked(request, clock)
+    if timeout is not None and submission.request.deadline is None:
+        submission = replace(submission, request=_until(submission.request, clock() + timeout), offset=clock.offset)
     if headers_of is None:
-        return Submission(request, offset=offset)
-    headers = dict(headers_of(request))
+        return submission
+    headers = dict(headers_of(submission.request))
     check_headers(headers)
-    return Submission(request, headers, offset)
+    return replace(submission, headers=headers)
+
+
+def _until(request: InferenceRequest, deadline: float) -> InferenceRequest:
+    return request.model_copy(update={"deadline": _within_bounds(deadline), "timeout": None})
 
 
 def _within_bounds(moment: float) -> float:

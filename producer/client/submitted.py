@@ -13,17 +13,19 @@ DEADLINE_GRACE_SECONDS = 5.0
 
 
 class Submitted:
-    """A request that was submitted, and the future that is resolved with its outcome.
+    """A request that was submitted, and its outcome as soon as it is ``known`` here; after a fork, or in another loop,
+    also where it was known before.
 
-    Its ``deadline`` is by ``clock``, the broker's, in seconds since the epoch.
+    ``future`` is there where somebody has waited, and resolved where ``table`` resolves it. The ``deadline`` is by
+    ``clock``, the broker's, in seconds since the epoch.
     """
 
-    __slots__ = ("_clock", "_grace", "deadline", "future", "id")
+    __slots__ = ("__weakref__", "_clock", "_grace", "deadline", "future", "id", "known", "table")
 
     def __init__(
         self,
         request_id: str,
-        future: AnyFuture,
+        future: AnyFuture | None = None,
         deadline: float | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -32,12 +34,8 @@ class Submitted:
         self.future = future
         self.deadline = deadline
         self._grace = 0.0
-
-    @property
-    def known(self) -> Outcome | None:
-        """Its outcome, where it is known here; after a fork, also where the parent knew it. Nothing is waited for."""
-        outcome: Outcome | None = getattr(self.future, "known", None)
-        return outcome
+        self.known: Outcome | None = None
+        self.table: object = None
 
     def late(self) -> bool:
         """Whether the request's deadline has passed."""

@@ -9,9 +9,9 @@ from typing import Protocol
 
 from producer.client.records import POLL_SECONDS, Outcome
 from producer.client.steps import AnyFuture, Pause, Steps, Wait
-from producer.client.submission import RequestLike
+from producer.client.submission import RequestLike, Submission
 from producer.client.submitted import Submitted
-from shared.contract import InferenceRequest, InferenceResult
+from shared.contract import InferenceResult
 from shared.errors import BrokerUnavailable, ClientClosed, FleetError, Overloaded
 
 CHUNK = 64
@@ -22,6 +22,8 @@ LOOKING_SECONDS = 0.02
 
 READING_SECONDS = 0.01
 """How long a source is read for one chunk: what a slow one has yielded does not wait for the rest."""
+
+OUTCOMES = (FleetError, InferenceResult)
 
 Item = RequestLike | Outcome
 """A request, or the outcome of one that needs no submitting."""
@@ -45,10 +47,10 @@ class Source(Protocol):
 class Submitting(Protocol):
     """What a window asks of :class:`~producer.client.requests.Requests`."""
 
-    def checked(self, request: RequestLike) -> InferenceRequest:
+    def checked(self, request: RequestLike) -> Submission:
         """The request; raises :class:`~shared.errors.BadRequest` where it is none."""
 
-    def submit(self, requests: Sequence[RequestLike], timeout: float | None) -> Steps[list[Submitted]]:
+    def submit(self, requests: Sequence[Submission], timeout: float | None) -> Steps[list[Submitted]]:
         """Submit several: all of them or, where one is refused, none."""
 
     def ready(self, submitted: Submitted, seconds: float, other: AnyFuture | None = None) -> Steps[Outcome | None]:
@@ -97,7 +99,7 @@ class Window:
         self._size = size
         self._timeout = timeout
         self._patient = patient
-        self._read: deque[InferenceRequest | Outcome] = deque()
+        self._read: deque[Submission | Outcome] = deque()
         self._under_way: deque[Submitted | Outcome] = deque()
         self._chunk = min(CHUNK, size)
         self._at_once = self._chunk
@@ -105,10 +107,20 @@ class Window:
         self._not_before = 0.0
         self._looked = 0.0
 
+    def known(self) -> Outcome | None:
+        """The next outcome where it is known: then there is no need to call :meth:`next`."""
+        if not self._under_way:
+            return None
+        first = self._under_way[0]
+        outcome = first.known if isinstance(first, Submitted) else first
+        if outcome is not None:
+            self._under_way.popleft()
+        return outcome
+
     def next(self, requests: Submitting) -> Steps[Outcome | None]:
         """The next outcome, in the order of the items; ``None`` after the last. Submits what there is room for."""
         self._requests = requests
-        while True:
+        while (outcome := self.known()) is None:
             submitting = bool(self._read) or self._wants_more()
             if self._under_way and (outcome := (yield from self._first(busy=submitting))) is not None:
                 self._under_way.popleft()
@@ -119,6 +131,7 @@ class Window:
                 yield from self._take()
             elif not self._under_way:
                 return None
+        return outcome
 
     def _wants_more(self) -> bool:
         return not self._source.ended and len(self._under_way) <= self._size - self._chunk
@@ -128,8 +141,6 @@ class Window:
         first = self._under_way[0]
         if not isinstance(first, Submitted):
             return first
-        if (outcome := first.known) is not None:
-            return outcome
         if not busy:
             return (yield from self._requests.outcome(first, None, through_outages=self._patient))
         pause = self._not_before - time.monotonic() if self._read else 0.0
@@ -160,8 +171,8 @@ class Window:
         else:
             yield Wait(arrival, POLL_SECONDS)
 
-    def _checked(self, item: Item) -> InferenceRequest | Outcome:
-        if isinstance(item, InferenceResult | FleetError):
+    def _checked(self, item: Item) -> Submission | Outcome:
+        if isinstance(item, OUTCOMES):
             return item
         try:
             return self._requests.checked(item)
@@ -172,15 +183,17 @@ class Window:
         """Submit some of what was read; where the fleet is full, not before it says that there will be room."""
         if (pause := self._not_before - time.monotonic()) > 0:
             yield Pause(pause)  # nothing is under way
-        piece: list[InferenceRequest | Outcome] = []
-        requests: list[InferenceRequest] = []
+        piece: list[Outcome | None] = []  # nothing where a request is
+        requests: list[Submission] = []
         most = 1 if self._singly else self._at_once
         for item in self._read:
-            if isinstance(item, InferenceRequest):
-                if len(requests) == most:
-                    break
-                requests.append(item)
-            piece.append(item)
+            if isinstance(item, OUTCOMES):
+                piece.append(item)
+                continue
+            if len(requests) == most:
+                break
+            requests.append(item)
+            piece.append(None)
         found: Sequence[Submitted | FleetError] = ()
         try:
             if requests:
@@ -201,6 +214,6 @@ class Window:
         self._singly = max(0, self._singly - len(requests))
         self._at_once = min(self._chunk, self._at_once + max(1, self._at_once // 4))
         outcomes = iter(found)
-        for item in piece:
+        for outcome in piece:
             self._read.popleft()
-            self._under_way.append(next(outcomes) if isinstance(item, InferenceRequest) else item)
+            self._under_way.append(next(outcomes) if outcome is None else outcome)
