@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import select
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,31 +74,13 @@ class DirectConnections:
 
     def command(self, *words: str | bytes | float) -> Any:
         """Send a command and return its answer. Raises what the client library raises."""
-        return self._with_one(lambda connection: _asked(connection, words))
-
-    def run(self, script: Script, keys: Sequence[str], args: Sequence[str | bytes | float]) -> Any:
-        """Run a script. Raises what the client library raises."""
-
-        def run(connection: DirectConnection) -> Any:
-            try:
-                return _asked(connection, script.by_name(keys, args))
-            except redis.exceptions.NoScriptError:
-                return _asked(connection, script.in_full(keys, args))
-
-        return self._with_one(run)
-
-    def close(self) -> None:
-        """Close those that are not in use."""
-        while self._free:
-            self._free.pop().drop()
-
-    def _with_one(self, use: Callable[[DirectConnection], Any]) -> Any:
         try:
             connection = self._free.pop()
         except IndexError:
             connection = DirectConnection(self._client)
         try:
-            return use(connection)
+            connection.send(*words)
+            return connection.read()
         except redis.ResponseError as error:
             if isinstance(error, redis.ReadOnlyError):
                 connection.drop()
@@ -109,7 +91,7 @@ class DirectConnections:
         finally:
             self._free.append(connection)
 
-
-def _asked(connection: DirectConnection, words: Sequence[str | bytes | float]) -> Any:
-    connection.send(*words)
-    return connection.read()
+    def close(self) -> None:
+        """Close those that are not in use."""
+        while self._free:
+            self._free.pop().drop()

@@ -10,8 +10,6 @@ from typing import Any
 import redis
 import redis.asyncio
 
-from shared.direct import Script
-
 Words = Sequence[str | bytes | float]
 
 
@@ -34,13 +32,6 @@ class SharedConnection:
         if link is None or link.lost:
             link = await self._linked()
         return await link.ask(words)
-
-    async def run(self, script: Script, keys: Sequence[str], args: Words) -> Any:
-        """Run a script. Raises what the client library raises."""
-        try:
-            return await self.command(*script.by_name(keys, args))
-        except redis.exceptions.NoScriptError:
-            return await self.command(*script.in_full(keys, args))
 
     async def close(self) -> None:
         """Close the connection; who waits for an answer has :class:`redis.ConnectionError`."""

@@ -8,12 +8,11 @@ import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
+from producer.client.any_client import AnyClient
 from producer.client.awaiting import Awaiting
-from producer.client.client import settings_for
-from producer.client.handle import not_pickled
-from producer.client.local import Local
+from producer.client.handle import Held, result_in
 from producer.client.progress import Progress, reporting
 from producer.client.records import Outcome, RequestStatus
 from producer.client.replies_asyncio import LoopReplyReader
@@ -23,46 +22,21 @@ from producer.client.spool_file import Spool
 from producer.client.spool_sender import SpoolSender
 from producer.client.steps import Steps
 from producer.client.submission import HeadersOf, RequestLike, Submission, one_request
-from producer.client.submitted import Submitted
 from producer.client.window import Item, Reading, Window
 from shared.broker import connect_asyncio
 from shared.contract import InferenceResult
 from shared.direct_asyncio import SharedConnection
-from shared.errors import BrokerUnavailable, ClientClosed, FleetError
+from shared.errors import BrokerUnavailable, FleetError
 from shared.registry import WorkerInfo
 from shared.settings import OnOutage, Settings
 
 T = TypeVar("T")
 
 
-class AsyncHandle:
+class AsyncHandle(Held["AsyncClient"]):
     """One submitted request. It is of use as long as its client is open."""
 
-    __slots__ = ("_client", "_submitted")
-
-    def __init__(self, submitted: Submitted, client: AsyncClient) -> None:
-        self._submitted = submitted
-        self._client = client
-
-    def __repr__(self) -> str:
-        return f"<AsyncHandle {self.id} {'done' if self.done() else 'open'}>"
-
-    def __reduce__(self) -> NoReturn:
-        not_pickled("a handle")
-
-    @property
-    def id(self) -> str:
-        """The request's id."""
-        return self._submitted.id
-
-    @property
-    def deadline(self) -> float | None:
-        """The request's deadline, in seconds since the epoch."""
-        return self._submitted.deadline
-
-    def done(self) -> bool:
-        """Whether the request has ended, as far as this client knows. Does not ask the broker."""
-        return self._submitted.known is not None
+    __slots__ = ()
 
     async def status(self) -> RequestStatus:
         """Where the request is now."""
@@ -82,46 +56,32 @@ class AsyncHandle:
 
     async def result(self, timeout: float | None = None) -> InferenceResult:
         """Wait for the result. Raises the request's error, or :class:`TimeoutError` after ``timeout`` seconds."""
-        outcome = await self.outcome(timeout)
-        if isinstance(outcome, FleetError):
-            raise outcome
-        return outcome
+        return result_in(await self.outcome(timeout))
 
     async def cancel(self) -> bool:
         """Cancel the request; ``False`` where it had ended before."""
         return await self._client.cancel(self.id)
 
 
-class AsyncClient:
+class AsyncClient(AnyClient["LoopSession"]):
     """:class:`~producer.client.client.Client` for asyncio; the arguments and errors are the same.
 
     It is used from event loops only. Each loop, and after a fork each process, has connections and a reply stream of
     its own, made when the client is first used there. Only the spool's file is written from a thread.
     """
 
-    def __init__(
-        self,
-        redis_url: str | None = None,
-        settings: Settings | None = None,
-        *,
-        on_outage: OnOutage | None = None,
-        headers: HeadersOf | None = None,
-    ) -> None:
-        self.settings = settings_for(redis_url, settings)
-        self.on_outage: OnOutage = on_outage or self.settings.fleet.on_outage
-        self._closed = False
-        self._headers = headers
-        self._sessions = Local(self._new_session, _process_and_loop)
-        connect_asyncio(self.settings.fleet)  # what is wrong with the URL is said here
+    @staticmethod
+    def _place() -> tuple[int, asyncio.AbstractEventLoop]:
+        return os.getpid(), asyncio.get_running_loop()
+
+    def _check(self) -> None:
+        connect_asyncio(self.settings.fleet)
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
-
-    def __reduce__(self) -> NoReturn:
-        not_pickled("a client")
 
     async def close(self) -> None:
         """Stop waiting for results. Requests that are under way go on; their results stay readable by id.
@@ -133,9 +93,7 @@ class AsyncClient:
             await session.close()
 
     async def _carry_out(self, steps: Callable[[Requests], Steps[T]]) -> T:
-        if self._closed:
-            raise ClientClosed
-        session = self._sessions.get()
+        session = self._session
         return await session.awaiting.run(steps(session.requests))
 
     def _new_session(self) -> LoopSession:
@@ -173,13 +131,12 @@ class AsyncClient:
         ``requests`` may be asynchronous. One that is not is read on the loop, and should not block. Where a result is
         waited for within a time limit that passes, asking again goes on where it was.
         """
-        if self._closed:
-            raise ClientClosed
         if total is None and isinstance(requests, Sequence):
             total = len(requests)
         source = AsyncReading(requests) if isinstance(requests, AsyncIterable) else Reading(requests)
-        under_way = Window(source, window, timeout, patient=self.on_outage != "raise")
-        return Outcomes(self, under_way, source, (progress, total), raising=errors == "raise")
+        return Outcomes(
+            self, self._window(source, window, timeout), source, (progress, total), raising=errors == "raise"
+        )
 
     # -- requests that are under way --------------------------------------------------------------------------------
 
@@ -234,15 +191,7 @@ class Outcomes(AsyncIterator[InferenceResult | FleetError]):
         wanted, total = self._progress
         if self._report is None:
             self._report = self._stack.enter_context(reporting(wanted, total))
-        if self._next is None:
-            self._next = asyncio.create_task(self._client._carry_out(self._window.next))
-        try:  # who gives up waiting does not stop it: the next who asks has it
-            outcome = await asyncio.shield(self._next)
-        except Exception:
-            self._next = None
-            raise
-        self._next = None
-        if outcome is None:
+        if (outcome := await self._next_outcome()) is None:
             await self.aclose()
             raise StopAsyncIteration
         if isinstance(outcome, FleetError) and self._raising:
@@ -251,6 +200,15 @@ class Outcomes(AsyncIterator[InferenceResult | FleetError]):
         self._done += 1
         self._report(self._done, total)
         return outcome
+
+    async def _next_outcome(self) -> Outcome | None:
+        if self._next is None:
+            if not self._client.closed and (known := self._window.known()) is not None:
+                return known
+            self._next = asyncio.create_task(self._client._carry_out(self._window.next))
+        await asyncio.wait([self._next])  # who gives up waiting does not stop it: the next who asks has it
+        task, self._next = self._next, None
+        return task.result()
 
     async def aclose(self) -> None:
         """Submit no more. What is under way goes on."""
@@ -299,7 +257,3 @@ class LoopSession:
             await asyncio.to_thread(self._sender.close)
         await self.replies.close()
         await self._connection.close()
-
-
-def _process_and_loop() -> tuple[int, asyncio.AbstractEventLoop]:
-    return os.getpid(), asyncio.get_running_loop()

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
-from producer.client.steps import Command, Pause, Run, Steps, Wait, Work
+from producer.client.steps import Command, Course, Pause, Steps, Wait, Work
 from shared.direct_asyncio import SharedConnection
 from shared.errors import ClientClosed
 
@@ -22,18 +22,13 @@ class Awaiting:
 
     async def run(self, steps: Steps[T]) -> T:
         """Carry out the steps, and return what they return."""
-        answer: Any = None
-        error: BaseException | None = None
-        while True:
+        course = Course(steps)
+        while (step := course.next()) is not None:
             try:
-                step = steps.send(answer) if error is None else steps.throw(error)
-            except StopIteration as end:
-                value: T = end.value
-                return value
-            try:
-                answer, error = await self._DO[type(step)](self, step), None
+                course.answer = await self._DO[type(step)](self, step)
             except BaseException as raised:  # noqa: BLE001  # whatever it is, the steps hear of it, and raise it
-                error = raised
+                course.error = raised
+        return course.value
 
     def close(self) -> None:
         """Let those who pause go, with :class:`~shared.errors.ClientClosed`."""
@@ -42,10 +37,6 @@ class Awaiting:
     async def _command(self, step: Command) -> Any:
         self._check()
         return await self._connection.command(*step.words)
-
-    async def _run(self, step: Run) -> Any:
-        self._check()
-        return await self._connection.run(step.script, step.keys, step.args)
 
     async def _pause(self, step: Pause) -> None:
         try:
@@ -71,5 +62,5 @@ class Awaiting:
         return await asyncio.to_thread(step.function)
 
     _DO: ClassVar[Mapping[type, Callable[..., Awaitable[Any]]]] = {
-        Command: _command, Run: _run, Pause: _pause, Wait: _wait, Work: _work,
+        Command: _command, Pause: _pause, Wait: _wait, Work: _work,
     }  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 import redis
 
-from producer.client.steps import Command, Pause, Run, Steps, Wait, Work
+from producer.client.steps import Command, Course, Pause, Steps, Wait, Work
 from shared.direct import DirectConnections
 from shared.errors import ClientClosed
 
@@ -25,18 +25,13 @@ class Blocking:
 
     def run(self, steps: Steps[T]) -> T:
         """Carry out the steps, and return what they return."""
-        answer: Any = None
-        error: BaseException | None = None
-        while True:
+        course = Course(steps)
+        while (step := course.next()) is not None:
             try:
-                step = steps.send(answer) if error is None else steps.throw(error)
-            except StopIteration as end:
-                value: T = end.value
-                return value
-            try:
-                answer, error = self._DO[type(step)](self, step), None
+                course.answer = self._DO[type(step)](self, step)
             except BaseException as raised:  # noqa: BLE001  # whatever it is, the steps hear of it, and raise it
-                error = raised
+                course.error = raised
+        return course.value
 
     def close(self) -> None:
         """Let those who pause go, with :class:`~shared.errors.ClientClosed`."""
@@ -46,10 +41,6 @@ class Blocking:
     def _command(self, step: Command) -> Any:
         self._check()
         return self._connections.command(*step.words)
-
-    def _run(self, step: Run) -> Any:
-        self._check()
-        return self._connections.run(step.script, step.keys, step.args)
 
     def _pause(self, step: Pause) -> None:
         self._closed.wait(step.seconds)
@@ -70,5 +61,5 @@ class Blocking:
         return step.function()
 
     _DO: ClassVar[Mapping[type, Callable[..., Any]]] = {
-        Command: _command, Run: _run, Pause: _pause, Wait: _wait, Work: _work,
+        Command: _command, Pause: _pause, Wait: _wait, Work: _work,
     }  # fmt: skip

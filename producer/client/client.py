@@ -6,17 +6,16 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Self, TypeVar, cast
+from typing import Any, Literal, Self, TypeVar, cast
 
 import redis
 
+from producer.client.any_client import AnyClient
 from producer.client.blocking import Blocking
 from producer.client.dead_letters import DeadLetters
-from producer.client.handle import Handle, not_pickled
-from producer.client.local import Local
+from producer.client.handle import Handle, result_in
 from producer.client.progress import Progress, reporting
 from producer.client.records import Outcome, RequestStatus
 from producer.client.replies import ReplyReader
@@ -38,7 +37,7 @@ from shared.strays import Stray, stray_lists
 T = TypeVar("T")
 
 
-class Client:
+class Client(AnyClient["Session"]):
     """A connection to the fleet. Safe to use from several threads; close it, or use it in a ``with`` block.
 
     After a fork the child has connections, a reply stream and threads of its own, made when it first uses the client;
@@ -59,19 +58,13 @@ class Client:
             breaks these rules raises :class:`~shared.errors.BadRequest`.
     """
 
-    def __init__(
-        self,
-        redis_url: str | None = None,
-        settings: Settings | None = None,
-        *,
-        on_outage: OnOutage | None = None,
-        headers: HeadersOf | None = None,
-    ) -> None:
-        self.settings = settings_for(redis_url, settings)
-        self.on_outage: OnOutage = on_outage or self.settings.fleet.on_outage
-        self._closed = False
-        self._sessions = Local(partial(Session, self.settings, self.on_outage, headers), os.getpid)
-        self._sessions.get()  # what is wrong with the configuration is said here
+    _place = staticmethod(os.getpid)
+
+    def _check(self) -> None:
+        self._sessions.get()
+
+    def _new_session(self) -> Session:
+        return Session(self.settings, self.on_outage, self._headers)
 
     def __enter__(self) -> Self:
         return self
@@ -81,9 +74,6 @@ class Client:
     ) -> None:
         self.close()
 
-    def __reduce__(self) -> NoReturn:
-        not_pickled("a client")
-
     def close(self) -> None:
         """Stop waiting for results. Requests that are under way go on; their results stay readable by id.
 
@@ -92,12 +82,6 @@ class Client:
         self._closed = True
         if (session := self._sessions.pop()) is not None:
             session.close()
-
-    @property
-    def _session(self) -> Session:
-        if self._closed:
-            raise ClientClosed
-        return self._sessions.get()
 
     @property
     def _redis(self) -> redis.Redis:
@@ -150,9 +134,7 @@ class Client:
         ``progress=True`` draws a bar on the terminal; ``total`` is how many there will be, where ``requests`` has no
         length.
         """
-        if self._closed:
-            raise ClientClosed
-        under_way = Window(Reading(requests), window, timeout, patient=self.on_outage != "raise")
+        under_way = self._window(Reading(requests), window, timeout)
         if total is None and isinstance(requests, Sequence):
             total = len(requests)
 
@@ -160,8 +142,8 @@ class Client:
             with reporting(progress, total) as report:
                 done = 0
                 while (outcome := self._next(under_way)) is not None:
-                    if isinstance(outcome, FleetError) and errors == "raise":
-                        raise outcome
+                    if errors == "raise":
+                        result_in(outcome)
                     done += 1
                     report(done, total)
                     yield outcome
@@ -263,14 +245,3 @@ class Session:
         self.replies.close()
         self.blocking.close()
         self.redis.close()
-
-
-def settings_for(redis_url: str | None, settings: Settings | None) -> Settings:
-    """The settings of a client: those that are given or found, with this broker."""
-    if settings is None:
-        from shared.settings_loader import load_settings
-
-        settings = load_settings()
-    if redis_url is None:
-        return settings
-    return settings.model_copy(update={"fleet": settings.fleet.model_copy(update={"redis_url": redis_url})})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from producer.client.steps import Run, Steps
+from producer.client.steps import Steps, run_script
 from shared.broker import broker_errors, lua
 from shared.clock import BrokerClock
 from shared.contract import EngineName, InferenceRequest
@@ -50,7 +50,7 @@ class EngineChoice:
         fleet = self._settings.fleet
         asked = self._clock.steady()
         with broker_errors(fleet, "list the workers"):
-            answer = yield Run(self._live, KEYS, [int(fleet.silent_after_seconds * 1000), since])
+            answer = yield from run_script(self._live, KEYS, [int(fleet.silent_after_seconds * 1000), since])
         found = changes_of(answer)
         self._clock.learn(found.now, asked, self._clock.steady())
         return found

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from typing import NoReturn, Protocol
+from typing import Generic, NoReturn, Protocol, TypeVar
 
 from producer.client.records import Outcome, RequestStatus
 from producer.client.submitted import Submitted
 from shared.contract import InferenceResult
 from shared.errors import FleetError
+
+C = TypeVar("C")
 
 
 class RequestClient(Protocol):
@@ -27,17 +29,17 @@ class RequestClient(Protocol):
         """The future of a request in this process."""
 
 
-class Handle:
-    """One submitted request. It is of use as long as its client is open, in its process and those forked from it."""
+class Held(Generic[C]):
+    """What every handle says of its request without asking anybody."""
 
     __slots__ = ("_client", "_submitted")
 
-    def __init__(self, submitted: Submitted, client: RequestClient) -> None:
+    def __init__(self, submitted: Submitted, client: C) -> None:
         self._submitted = submitted
         self._client = client
 
     def __repr__(self) -> str:
-        return f"<Handle {self.id} {'done' if self.done() else 'open'}>"
+        return f"<{type(self).__name__} {self.id} {'done' if self.done() else 'open'}>"
 
     def __reduce__(self) -> NoReturn:
         not_pickled("a handle")
@@ -52,14 +54,20 @@ class Handle:
         """The request's deadline by the broker's clock, in seconds since the epoch."""
         return self._submitted.deadline
 
+    def done(self) -> bool:
+        """Whether the request has ended, as far as this process knows. Does not ask the broker."""
+        return self._submitted.known is not None
+
+
+class Handle(Held[RequestClient]):
+    """One submitted request. It is of use as long as its client is open, in its process and those forked from it."""
+
+    __slots__ = ()
+
     @property
     def future(self) -> Future[Outcome]:
         """The outcome to come. It is this handle's own: whoever cancels it does so to nobody else."""
         return self._client.future_of(self._submitted)
-
-    def done(self) -> bool:
-        """Whether the request has ended, as far as this process knows. Does not ask the broker."""
-        return self._submitted.known is not None
 
     def status(self) -> RequestStatus:
         """Where the request is now; asks the broker unless it has ended here."""
@@ -79,14 +87,18 @@ class Handle:
 
     def result(self, timeout: float | None = None) -> InferenceResult:
         """Wait for the result. Raises the request's error, or :class:`TimeoutError` after ``timeout`` seconds."""
-        outcome = self.outcome(timeout)
-        if isinstance(outcome, FleetError):
-            raise outcome
-        return outcome
+        return result_in(self.outcome(timeout))
 
     def cancel(self) -> bool:
         """Cancel the request; ``False`` where it had ended before."""
         return self._client.cancel(self.id)
+
+
+def result_in(outcome: Outcome) -> InferenceResult:
+    """The result of a request that has one; raises the error of one that has not."""
+    if isinstance(outcome, FleetError):
+        raise outcome
+    return outcome
 
 
 def not_pickled(what: str) -> NoReturn:

@@ -6,7 +6,7 @@ from typing import Any
 
 from producer.client.awaited import Awaited
 from producer.client.records import Outcome, RequestStatus, decode_record, outcome_of, status_of
-from producer.client.steps import Command, Run, Steps
+from producer.client.steps import Command, Steps, run_script
 from producer.client.submission import checked_id
 from shared import keys, wire
 from shared.broker import broker_errors, lua
@@ -44,7 +44,7 @@ class StoredResults:
         """Cancel a request: its caller gets :class:`~shared.errors.Cancelled`. ``False`` where it had ended before."""
         record = wire.failure_meta(request_id, Cancelled(), status="REVOKED")
         with broker_errors(self._fleet, "cancel"):
-            cancelled = yield Run(
+            cancelled = yield from run_script(
                 self._cancel,
                 [keys.result_key(checked_id(request_id)), keys.CANCELLED],
                 [record, self._fleet.result_expires_seconds, keys.CANCELLED_SECONDS],

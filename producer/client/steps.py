@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
+
+import redis
 
 from shared.direct import Script
 
@@ -46,15 +48,6 @@ class Command:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """The same for a script."""
-
-    script: Script
-    keys: Sequence[str]
-    args: Sequence[str | bytes | float]
-
-
-@dataclass(frozen=True, slots=True)
 class Pause:
     """Wait for so many seconds. A client that is closed meanwhile throws :class:`~shared.errors.ClientClosed` in."""
 
@@ -80,5 +73,33 @@ class Work:
     function: Callable[[], Any]
 
 
-Step = Command | Run | Pause | Wait | Work
+Step = Command | Pause | Wait | Work
 Steps = Generator[Step, Any, T]
+
+
+def run_script(script: Script, keys: Sequence[str], args: Sequence[str | bytes | float]) -> Steps[Any]:
+    """Run a script: by its name, or in full where the broker does not know it."""
+    try:
+        return (yield Command(script.by_name(keys, args)))
+    except redis.exceptions.NoScriptError:
+        return (yield Command(script.in_full(keys, args)))
+
+
+class Course(Generic[T]):
+    """Steps that are being carried out: whoever does it takes the next step, and sets what came of it."""
+
+    def __init__(self, steps: Steps[T]) -> None:
+        self._steps = steps
+        self.answer: Any = None
+        self.error: BaseException | None = None
+        self.value: T
+
+    def next(self) -> Step | None:
+        """The next step; ``None`` after the last: then what they return is the ``value``. Raises what they raise."""
+        answer, error = self.answer, self.error
+        self.answer = self.error = None
+        try:
+            return self._steps.send(answer) if error is None else self._steps.throw(error)
+        except StopIteration as end:
+            self.value = end.value
+            return None

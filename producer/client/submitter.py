@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from producer.client.steps import Run, Steps
+from producer.client.steps import Steps, run_script
 from producer.client.submission import Submission
 from shared import keys, wire
 from shared.broker import broker_errors, lua
@@ -88,7 +88,7 @@ class Submitter:
             args += (group.name, *self._rate(group.tenant), len(group.places))
             args += group.arguments
         with broker_errors(fleet, "submit"):
-            answer = yield Run(self._script, SCRIPT_KEYS, args)
+            answer = yield from run_script(self._script, SCRIPT_KEYS, args)
         if answer[0] != b"ok":
             raise self._refusal(answer, len(submissions))
         pushed = [False] * len(submissions)
