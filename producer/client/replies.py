@@ -17,7 +17,7 @@ import redis
 from producer.client.awaited import ELSEWHERE_SECONDS, Awaited, look_up
 from producer.client.blocking import Blocking
 from producer.client.records import Outcome
-from producer.client.reply_stream import BLOCK_SECONDS, ReplyStream
+from producer.client.reply_stream import BLOCK_SECONDS, PAUSE_SECONDS, ReplyStream, Trouble
 from producer.client.submitted import Submitted
 from producer.client.turns import Turns
 from shared import keys
@@ -30,9 +30,6 @@ ALONE_SECONDS = 0.1
 
 IN_USE_SECONDS = 2.0
 """How long the client's own thread looks around for work after it was last needed."""
-
-PAUSE_SECONDS = 0.5
-"""How long reading rests after the broker has failed."""
 
 
 class Reply(Future[Outcome]):
@@ -71,7 +68,7 @@ class ReplyReader:
         self._entries = ReplyStream(fleet, self.stream)
         self._broker = Blocking(self._entries.client)
         self._turns = Turns()
-        self._failing = False
+        self._trouble = Trouble()
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -134,12 +131,10 @@ class ReplyReader:
             self._broker.run(look_up(self.awaited, self.awaited.due()))
             records = self._entries.read(min(patience, ELSEWHERE_SECONDS) if self.awaited.elsewhere else patience)
         except (redis.RedisError, OSError) as error:
-            if not self._failing:  # once an outage
-                logger.warning("cannot read results, trying again: %s", error)
-            self._failing = True
+            self._trouble.is_there(error)
             self._closed.wait(min(PAUSE_SECONDS, patience))
             return
-        self._failing = False
+        self._trouble.is_over()
         if records:
             self._used = time.monotonic()
         for record in records:

@@ -11,8 +11,7 @@ import redis
 from producer.client.awaited import ELSEWHERE_SECONDS, Awaited, look_up
 from producer.client.awaiting import Awaiting
 from producer.client.records import Outcome
-from producer.client.replies import PAUSE_SECONDS
-from producer.client.reply_stream import BLOCK_SECONDS, Cursor
+from producer.client.reply_stream import BLOCK_SECONDS, PAUSE_SECONDS, Cursor, Trouble
 from producer.client.submitted import Submitted
 from shared import keys
 from shared.broker import connect_asyncio
@@ -43,7 +42,7 @@ class LoopReplyReader:
         self._lookups = lookups
         self._wanted = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._failing = False
+        self._trouble = Trouble()
 
     def _new(self) -> LoopReply:
         reply = LoopReply(loop=self._loop)
@@ -76,11 +75,9 @@ class LoopReplyReader:
                     self.awaited.resolve_record(record)
                 if (trim := self._cursor.trim()) is not None:
                     await self._connection.command(*trim)
-                self._failing = False
+                self._trouble.is_over()
             except (redis.RedisError, OSError) as error:
-                if not self._failing:  # once an outage
-                    logger.warning("cannot read results, trying again: %s", error)
-                self._failing = True
+                self._trouble.is_there(error)
                 await asyncio.sleep(PAUSE_SECONDS)
             if not len(self.awaited):
                 self._wanted.clear()

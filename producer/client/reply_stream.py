@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -11,6 +12,8 @@ from shared.broker import connect
 from shared.direct import DirectConnection
 from shared.settings import FleetSettings
 
+logger = logging.getLogger(__name__)
+
 BLOCK_SECONDS = 1.0
 READ_COUNT = 512
 TRIM_ENTRIES = 2048
@@ -19,7 +22,27 @@ TRIM_BYTES = 4 * 1024 * 1024
 
 WAKE_EXPIRES_SECONDS = 10
 
+PAUSE_SECONDS = 0.5
+"""How long reading rests after the broker has failed."""
+
 Words = tuple[str | bytes | float, ...]
+
+
+class Trouble:
+    """Says that results cannot be read, once an outage."""
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def is_there(self, error: Exception) -> None:
+        """Reading has failed."""
+        if not self._told:
+            logger.warning("cannot read results, trying again: %s", error)
+        self._told = True
+
+    def is_over(self) -> None:
+        """It has not."""
+        self._told = False
 
 
 class Cursor:

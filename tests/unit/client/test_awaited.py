@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 
 import pytest
 
 from producer.client.awaited import LOOKED_UP, Awaited
 from producer.client.records import POLL_SECONDS
+from producer.client.requests import Requests
+from producer.client.submitted import Submitted
 from shared import wire
 from shared.errors import ClientClosed, EngineError, FleetError
+from shared.settings import Settings
 from tests.support.clock import ManualClock
 
 
@@ -120,3 +124,70 @@ def test_the_end_is_told_to_all_and_to_who_comes_later(table: Awaited[Future]) -
     for future in (before, after):
         with pytest.raises(ClientClosed):
             future.result(0)
+
+
+def test_what_was_submitted_is_told_without_a_future(table: Awaited[Future]) -> None:
+    """It leaves the table with its outcome, or when nobody holds it any longer."""
+    first, again, dropped = Submitted("a"), Submitted("a"), Submitted("b")
+    table.add([first, again, dropped])
+    (future,) = table.expect(["a"])
+    del dropped
+
+    assert len(table) == 1
+    table.resolve("a", FleetError("told"))
+
+    assert [str(first.known), str(again.known), str(future.result(0))] == ["told"] * 3
+    assert len(table) == 0
+
+
+class Known:
+    """Replies that come by nobody's reading."""
+
+    stream = "muai:reply:me"
+
+    def __init__(self) -> None:
+        self.awaited: Awaited[Future] = Awaited(self._new)
+
+    def _new(self) -> Future:
+        future = Future()
+        future.table = self.awaited
+        return future
+
+    def expect(self, request_ids: Sequence[str]) -> list[Future]:
+        return self.awaited.expect(request_ids)
+
+    def add(self, submitted: Sequence[Submitted]) -> None:
+        self.awaited.add(submitted)
+
+
+def test_a_future_that_is_made_late_has_the_outcome() -> None:
+    """One of before it was told is resolved, one of after it is made so; a cancelled one is made anew."""
+    replies = Known()
+    requests = Requests(Settings(), replies, None)
+    early, late = Submitted("early"), Submitted("late")
+    replies.add([early, late])
+    cancelled = requests.future_of(early)
+    cancelled.cancel()
+    future = requests.future_of(early)
+    for name in ("early", "late"):
+        replies.awaited.resolve(name, FleetError(name))
+
+    assert requests.future_of(early) is future
+    assert [str(future.result()), str(requests.future_of(late).result())] == ["early", "late"]
+    assert len(replies.awaited) == 0
+
+
+def test_what_another_process_or_loop_has_submitted_is_told_here_too() -> None:
+    """It is looked up as well: its record goes to the stream of whoever submitted it."""
+    there, here = Known(), Known()
+    submitted = Submitted("a")
+    there.add([submitted])
+    elsewhere = Requests(Settings(), there, None).future_of(submitted)
+
+    future = Requests(Settings(), here, None).future_of(submitted)
+    assert future is not elsewhere
+    assert here.awaited.elsewhere
+    here.awaited.resolve("a", FleetError("told"))
+
+    assert str(future.result()) == str(submitted.known) == "told"
+    assert not elsewhere.done()

@@ -1,8 +1,10 @@
 """What makes two requests the same one."""
 
+import uuid
+
 import pytest
 
-from shared.contract import InferenceRequest
+from shared.contract import InferenceRequest, SamplingParams, new_id
 from shared.identity import content_of, given_content, id_in_fleet
 
 
@@ -58,3 +60,22 @@ def test_an_id_has_the_name_of_its_tenant_in_front_once():
     assert [id_in_fleet("x", "default"), id_in_fleet("x", "acme"), id_in_fleet("acme/x", "acme")] == [
         "x", "acme/x", "acme/x",
     ]  # fmt: skip
+
+
+def test_an_id_that_nobody_gave_is_a_random_uuid() -> None:
+    """Of version 4, as the library writes it."""
+    made = {new_id() for _ in range(1000)}
+
+    assert len(made) == 1000
+    for name in made:
+        parsed = uuid.UUID(name)
+        assert (str(parsed), parsed.version, parsed.variant) == (name, 4, uuid.RFC_4122)
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.5}, SamplingParams()])
+def test_the_usual_parameters_are_written_once(params: object) -> None:
+    """Their digest is that of the same parameters, whoever made them."""
+    given = request(params=params)
+    made = given.model_copy(update={"params": SamplingParams.model_validate(given.params.model_dump())})
+
+    assert content_of(made) == content_of(given)
