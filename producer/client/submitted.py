@@ -13,11 +13,10 @@ DEADLINE_GRACE_SECONDS = 5.0
 
 
 class Submitted:
-    """A request that was submitted, and its outcome as soon as it is ``known`` here; after a fork, or in another loop,
-    also where it was known before.
+    """A request that was submitted, and its outcome as soon as that is ``known``.
 
-    ``future`` is there where somebody has waited, and resolved where ``table`` resolves it. The ``deadline`` is by
-    ``clock``, the broker's, in seconds since the epoch.
+    What was known before a fork, or in another loop, is known here too. ``table`` tells the outcome; ``future`` is
+    there where somebody has waited. The ``deadline`` is by ``clock``, the broker's, in seconds since the epoch.
     """
 
     __slots__ = ("__weakref__", "_clock", "_grace", "deadline", "future", "id", "known", "table")
