@@ -73,16 +73,19 @@ class LocalFleet:
                 process.wait()
 
     def wait_ready(self, client: Client, queues: Iterable[str]) -> None:
-        """Wait until each queue has a worker that takes requests.
+        """Wait until each queue has a worker that takes requests, for as long as one says that it loads.
 
         Raises :class:`FleetError` with the log of a process that died.
         """
         wanted = set(queues)
         deadline = time.monotonic() + READY_SECONDS
         while True:
-            alive = {queue for worker in client.fleet() if worker.ready for queue in worker.queues}
+            workers = client.fleet()
+            alive = {queue for worker in workers if worker.ready for queue in worker.queues}
             if wanted <= alive:
                 return
+            if any(worker.loading for worker in workers):
+                deadline = time.monotonic() + READY_SECONDS
             for name, process in self._processes.items():
                 if process.poll() is not None:
                     raise FleetError(

@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ OURS = re.compile(r"(shared|producer|workers)\b")
 # each other on few cores spin, and tiny models become fifteen times slower.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else every engine core is bound to the same processor
+
+# A shell that runs the tests in the background lets them ignore Ctrl-C, and with them all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
