@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from shared.errors import ConfigurationError, FleetError
 from shared.masking import masked_url as masked
 
 RUN = Path(".muai/up")
+FLOWER_PORT = 5555
+PORTS_TRIED = 50
 STOPPED = {0, *(sign * number for number in (signal.SIGINT, signal.SIGTERM) for sign in (1, -1)), 130, 143}
 """Exit statuses of a fleet that was told to stop."""
 
@@ -48,7 +51,7 @@ def run(url: str, config: Path) -> int:
     """Say how to submit, and run the processes until a signal or the end of one of them."""
     binaries = Path(sys.executable).parent
     auth = os.environ.get("FLOWER_BASIC_AUTH") or f"muai:{secrets.token_urlsafe(12)}"
-    flower_port = os.environ.get("FLOWER_PORT", "5555")
+    flower_port = os.environ.get("FLOWER_PORT") or str(free_port_from(FLOWER_PORT))
     environ = {
         **threads(), **os.environ, "REDIS_URL": url, "MUAI_CONFIG": str(config), "PYTHONUNBUFFERED": "1",
         "PATH": os.pathsep.join([str(binaries), os.environ.get("PATH", "")]),
@@ -70,6 +73,19 @@ def run(url: str, config: Path) -> int:
     processes.loop()
     code = int(processes.returncode or 0)
     return 0 if code in STOPPED else code
+
+
+def free_port_from(first: int) -> int:
+    """The first port on loopback, from this one on, that nobody listens on."""
+    for port in range(first, first + PORTS_TRIED):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise ConfigurationError(f"ports {first} to {first + PORTS_TRIED - 1} are taken; set FLOWER_PORT to a free one")
 
 
 def chosen(commands: dict[str, str], engines: str) -> dict[str, str]:

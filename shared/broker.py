@@ -204,6 +204,7 @@ REFUSALS: Mapping[str, tuple[type[BrokerUnavailable], str]] = {
     "BUSY": (BrokerUnavailable, "is busy with a script"),
     "NOAUTH": (BrokerRefused, "wants a password; put it into REDIS_URL (redis://user:password@host:port/database)"),
     "WRONGPASS": (BrokerRefused, "does not accept the user and password in REDIS_URL"),
+    "without any password configured": (BrokerRefused, "has no password, but REDIS_URL gives one: leave it out"),
     "NOPERM": (BrokerRefused, "does not permit this to the user in REDIS_URL"),
     "ACL failure": (BrokerRefused, "does not permit this to the user in REDIS_URL"),  # within a script
 }

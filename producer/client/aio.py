@@ -8,9 +8,9 @@ import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Self, TypeVar
 
-from producer.client.any_client import AnyClient
+from producer.client.any_client import AnyClient, Errors
 from producer.client.awaiting import Awaiting
 from producer.client.handle import Held, result_in
 from producer.client.progress import Progress, reporting
@@ -122,7 +122,7 @@ class AsyncClient(AnyClient["LoopSession"]):
         *,
         window: int = 512,
         progress: bool | Progress = False,
-        errors: Literal["raise", "yield"] = "raise",
+        errors: Errors = "raise",
         timeout: float | None = None,
         total: int | None = None,
     ) -> Outcomes:
@@ -134,9 +134,8 @@ class AsyncClient(AnyClient["LoopSession"]):
         if total is None and isinstance(requests, Sequence):
             total = len(requests)
         source = AsyncReading(requests) if isinstance(requests, AsyncIterable) else Reading(requests)
-        return Outcomes(
-            self, self._window(source, window, timeout), source, (progress, total), raising=errors == "raise"
-        )
+        under_way = self._window(source, window, timeout, errors)
+        return Outcomes(self, under_way, source, (progress, total), raising=errors == "raise")
 
     # -- requests that are under way --------------------------------------------------------------------------------
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
-from typing import Generic, NoReturn, TypeVar
+from collections.abc import Hashable, Sequence
+from typing import Generic, Literal, NoReturn, TypeVar, get_args
 
 from producer.client.handle import not_pickled
 from producer.client.local import Local
 from producer.client.submission import HeadersOf
 from producer.client.window import Source, Window
-from shared.errors import ClientClosed
+from shared.errors import BadRequest, ClientClosed
 from shared.settings import OnOutage, Settings
 
 S = TypeVar("S")
+
+Errors = Literal["raise", "yield"]
+"""What becomes of the errors of single requests."""
 
 
 class AnyClient(ABC, Generic[S]):
@@ -29,6 +32,7 @@ class AnyClient(ABC, Generic[S]):
     ) -> None:
         self.settings = _settings_for(redis_url, settings)
         self.on_outage: OnOutage = on_outage or self.settings.fleet.on_outage
+        one_of("on_outage", self.on_outage, get_args(OnOutage))
         self._headers = headers
         self._closed = False
         self._sessions = Local(self._new_session, self._place)
@@ -48,9 +52,10 @@ class AnyClient(ABC, Generic[S]):
             raise ClientClosed
         return self._sessions.get()
 
-    def _window(self, source: Source, size: int, timeout: float | None) -> Window:
+    def _window(self, source: Source, size: int, timeout: float | None, errors: Errors) -> Window:
         if self._closed:
             raise ClientClosed
+        one_of("errors", errors, get_args(Errors))
         return Window(source, size, timeout, patient=self.on_outage != "raise")
 
     @abstractmethod
@@ -65,6 +70,12 @@ class AnyClient(ABC, Generic[S]):
     @abstractmethod
     def _place() -> Hashable:
         """Where this is called."""
+
+
+def one_of(name: str, value: object, known: Sequence[str]) -> None:
+    """Raise :class:`BadRequest` for an argument that is none of those there are."""
+    if value not in known:
+        raise BadRequest(f"{name} is one of {', '.join(known)}")
 
 
 def _settings_for(redis_url: str | None, settings: Settings | None) -> Settings:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import redis
 
-from producer.client.any_client import AnyClient
+from producer.client.any_client import AnyClient, Errors
 from producer.client.blocking import Blocking
 from producer.client.dead_letters import DeadLetters
 from producer.client.handle import Handle, result_in
@@ -120,7 +120,7 @@ class Client(AnyClient["Session"]):
         *,
         window: int = 512,
         progress: bool | Progress = False,
-        errors: Literal["raise", "yield"] = "raise",
+        errors: Errors = "raise",
         timeout: float | None = None,
         total: int | None = None,
     ) -> Iterator[InferenceResult | FleetError]:
@@ -134,7 +134,7 @@ class Client(AnyClient["Session"]):
         ``progress=True`` draws a bar on the terminal; ``total`` is how many there will be, where ``requests`` has no
         length.
         """
-        under_way = self._window(Reading(requests), window, timeout)
+        under_way = self._window(Reading(requests), window, timeout, errors)
         if total is None and isinstance(requests, Sequence):
             total = len(requests)
 

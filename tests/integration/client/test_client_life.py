@@ -16,7 +16,7 @@ import pytest
 from producer import AsyncClient, Client
 from producer.client.records import POLL_SECONDS
 from shared import keys
-from shared.errors import ClientClosed, QueueFull
+from shared.errors import BadRequest, BrokerRefused, ClientClosed, QueueFull
 from tests.support.fleet import FleetUnderTest
 from tests.support.requests import ECHO
 from tests.support.waiting import eventually
@@ -139,6 +139,26 @@ def test_what_cannot_be_pickled_names_the_way(fleet: FleetUnderTest, of: str) ->
     assert fleet.client.handle(repacked(handle.id)).result(PATIENCE).text == "olleh"
     result = handle.result(PATIENCE)
     assert repacked(result) == result
+
+
+def test_a_choice_that_there_is_not_is_the_callers_error(fleet: FleetUnderTest) -> None:
+    """It is not taken for another one: at the call, with those that there are."""
+    with pytest.raises(BadRequest, match="on_outage is one of raise, wait, spool"):
+        Client(settings=fleet.settings, on_outage="retry")  # type: ignore[arg-type]
+    with pytest.raises(BadRequest, match="errors is one of raise, yield"):
+        fleet.client.map([ECHO], errors="ignore")  # type: ignore[arg-type]
+    with pytest.raises(BadRequest, match="errors is one of raise, yield"):
+        AsyncClient(settings=fleet.settings).map([ECHO], errors="ignore")  # type: ignore[arg-type]
+
+
+def test_a_password_that_the_broker_does_not_have_is_no_outage(fleet: FleetUnderTest) -> None:
+    """It does not pass by itself: it is refused, and the error says what to leave out."""
+    url = fleet.url.replace("redis://", "redis://:secret@")
+
+    with Client(url, fleet.settings) as client, pytest.raises(BrokerRefused, match="has no password") as raised:
+        client.submit(ECHO)
+
+    assert "secret" not in str(raised.value)
 
 
 def test_a_map_yields_its_first_result_as_soon_as_it_is_there(fleet: FleetUnderTest) -> None:

@@ -52,7 +52,9 @@ NOWHERE = ("--redis-url", "redis://127.0.0.1:1/0")
     ("arguments", "message"),
     [
         (("submit", "--model", "m"), "muai: inputs: Field required"),
-        (("submit", "x", "--prompt", "y"), "muai: INPUT and --prompt, --text or --message are one thing: give one"),
+        (("submit", "x", "--prompt", "y"), "muai: INPUT, --prompt, --text and --message are one thing: give one"),
+        (("submit", "--prompt", "y", "--text", "z"), "muai: INPUT, --prompt, --text and --message are one thing"),
+        (("submit", "--prompt", "-", "--message", "user:z"), "muai: INPUT, --prompt, --text and --message are one"),
         (("submit", "--prompt", "x"), "muai: model: Field required"),
         (("submit", "-m", "m", "--message", "hello"), "muai: --message 'hello': write it as role:content"),
         (("submit", "-m", "m", "--message", "dog: hi"), "muai: inputs.messages.0.role: Input should be 'system', "),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import psutil
 import pytest
 import redis
 
+from producer.cli.exits import Exit
 from shared.embedded import EmbeddedBroker
 from shared.errors import BrokerUnavailable
+from tests.support.processes import environment, run_module
 from tests.support.waiting import eventually
 
 
@@ -40,9 +43,23 @@ def test_killed_it_comes_back_on_its_port_with_its_data(tmp_path: Path) -> None:
 
 
 def test_a_port_that_is_taken_is_one_clear_error(tmp_path: Path) -> None:
-    """Asked for a port that somebody has, it says so with the end of its log."""
+    """Asked for a port that somebody has, it says so and how to choose another."""
     with EmbeddedBroker(tmp_path / "first") as first:
-        with pytest.raises(BrokerUnavailable, match=f"port {first.port}"):
+        with pytest.raises(BrokerUnavailable, match=f"cannot have port {first.port}: something else listens there"):
             EmbeddedBroker(tmp_path / "second", port=first.port).start()
 
         assert redis.Redis.from_url(first.url).ping()
+
+
+def test_a_directory_is_one_brokers_alone(tmp_path: Path) -> None:
+    """Another process that asks for it is refused by name, until it is free again: two would write into one file."""
+    command = ["producer.cli", "broker", "--directory", str(tmp_path), "--port", "0"]
+    with EmbeddedBroker(tmp_path, append_only=True) as broker:
+        broker.kill()
+        broker.start()
+        refused = run_module(command, environment(), 60)
+
+    assert refused.returncode == Exit.OUTAGE
+    assert f"another embedded broker (of process {os.getpid()}) has its data in {tmp_path}" in refused.stderr
+    with EmbeddedBroker(tmp_path, append_only=True) as broker:
+        assert redis.Redis.from_url(broker.url).ping()
