@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,9 @@ from tests.faults.crew import Member
 from tests.faults.proxy import Mode, Proxy
 from tests.faults.stage import Figure, Stage
 from tests.support.waiting import eventually
+
+NAMES_ONE = re.compile(r"[0-9a-f]{8}-[0-9a-f-]+|\d+")
+"""What of a key's name says which one of its kind it is."""
 
 SETTLED_REQUESTS = 200
 """A worker has grown to its usual size when it has run so many."""
@@ -36,7 +41,7 @@ def soak(folder: Path, *, minutes: float, every: float = 30.0, kept: int = 10, m
         usual: dict[Member, int] = {}
         with stage.load(rate=50) as load:
             load.wait_for(SETTLED_REQUESTS)
-        keys_before, bytes_before = quiet_keys(stage, kept)
+        before, bytes_before = quiet_keys(stage, kept)
         end = time.monotonic() + 60 * minutes
         with stage.load(rate=50):
             while time.monotonic() < end:
@@ -47,7 +52,7 @@ def soak(folder: Path, *, minutes: float, every: float = 30.0, kept: int = 10, m
                 faults.commit()
             stage.crew.wait_live()
         stage.drain(60)
-        keys_after, bytes_after = quiet_keys(stage, kept)
+        after, bytes_after = quiet_keys(stage, kept)
         lasting = [member for member in stage.crew.running() if member in usual]
         lasting.sort(key=lambda member: member.started)
         growths = [100 * (member.memory() / usual[member] - 1) for member in lasting]
@@ -56,8 +61,8 @@ def soak(folder: Path, *, minutes: float, every: float = 30.0, kept: int = 10, m
         return [
             *stage.verdict(),
             Figure("faults", faults.committed),
-            Figure("keys in the quiet broker near the start", keys_before),
-            Figure("growth of keys, %", 100 * (keys_after / keys_before - 1), at_most=5),
+            Figure("keys in the quiet broker near the start", before.total()),
+            Figure("growth of keys, %", 100 * grown(before, after) / before.total(), at_most=5),
             Figure("growth of what they hold, bytes", bytes_after - bytes_before),
             Figure("workers measured", len(lasting)),
             Figure("growth of the oldest worker's memory, %", growths[0] if growths else 0.0, at_most=memory),
@@ -130,8 +135,16 @@ def note_settled(stage: Stage, usual: dict[Member, int]) -> None:
             usual[member] = member.memory()
 
 
-def quiet_keys(stage: Stage, kept: int) -> tuple[int, int]:
-    """How many keys the broker holds once nothing is under way and results have expired, and their bytes."""
+def grown(before: Counter[str], after: Counter[str]) -> int:
+    """How many more keys there are of each kind; a first one of its kind is what something is noted in from then on."""
+    return sum(max(0, count - max(1, before[kind])) for kind, count in after.items())
+
+
+def quiet_keys(stage: Stage, kept: int) -> tuple[Counter[str], int]:
+    """The keys that the broker holds once nothing is under way and results have expired, by kind, and their bytes.
+
+    Keys are of a kind whose names differ in numbers and ids only.
+    """
     held: list[int] = []
 
     def steady() -> bool:
@@ -139,4 +152,6 @@ def quiet_keys(stage: Stage, kept: int) -> tuple[int, int]:
         return len(held) > kept and len(set(held[-5:])) == 1
 
     eventually(lambda: time.sleep(1.0) or steady(), 60, "a quiet broker")
-    return held[-1], sum(stage.redis.memory_usage(key) or 0 for key in stage.redis.scan_iter())
+    names = list(stage.redis.scan_iter())
+    kinds = Counter(NAMES_ONE.sub("*", name.decode(errors="replace")) for name in names)
+    return kinds, sum(stage.redis.memory_usage(name) or 0 for name in names)

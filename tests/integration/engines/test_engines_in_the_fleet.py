@@ -25,7 +25,7 @@ from tests.support.waiting import eventually
 
 MAX_TOKENS = 8
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(900)
 
 
 def configuration(models: Models, **changes: object) -> dict[str, object]:
