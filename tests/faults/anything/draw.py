@@ -5,7 +5,18 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from tests.faults.anything.composition import ALPHABETS, CELERY, ODD, OURS, Ask, Caller, Composition, Fault, Worker
+from tests.faults.anything.composition import (
+    ALPHABETS,
+    CELERY,
+    ODD,
+    ODD_IDS,
+    OURS,
+    Ask,
+    Caller,
+    Composition,
+    Fault,
+    Worker,
+)
 
 STYLES = {"calm": 22, "orderly": 12, "workers": 26, "network": 14, "broker": 14, "lossy": 12, "clocks": 8}
 """What sort of trouble there is, and how often."""
@@ -124,7 +135,8 @@ def _caller(rng: random.Random, number: int, style: str, tenants: dict[str, dict
         )
     elif rng.random() < 0.2:
         at = rng.randrange(len(asks))
-        odd = replace(asks[at], odd=rng.choice(list(ODD)), word="", kind="generate")
+        faults = [odd for odd in ODD if how != "batch" or odd not in ODD_IDS]  # its lines have no ids of their own
+        odd = replace(asks[at], odd=rng.choice(faults), word="", kind="generate")
         asks = (*asks[:at], odd, *asks[at + 1 :])
     made = Caller(
         how=how, at=round(rng.uniform(0, 1.5), 2), asks=asks, pace=rng.choice([0.0, 0.0, 0.01, 0.05]),
